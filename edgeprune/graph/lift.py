@@ -56,7 +56,7 @@ def lift(module: nn.Module, input_shapes: Sequence[Sequence[int]], origin: str =
 def lift_program(
     program: torch.export.ExportedProgram, input_shapes: Sequence[Sequence[int]] | None = None, origin: str = "model"
 ) -> Network:
-    """Bring an exported program to the canonical form. Without ``input_shapes`` those it was exported with are taken."""
+    """Bring an exported program to the canonical form; without ``input_shapes`` those it was exported with count."""
     module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
     if input_shapes is None:
@@ -83,7 +83,7 @@ def _export(module: nn.Module, shapes: tuple[tuple[int, ...], ...], origin: str)
     auto = torch.export.Dim.AUTO
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     inputs = tuple(torch.randn(2, *shape[1:], device=device) for shape in shapes)
-    spatial = tuple({0: auto, **{d: auto for d in range(2, len(s))}} for s in shapes)
+    spatial = tuple({0: auto, **dict.fromkeys(range(2, len(s)), auto)} for s in shapes)
     batch = tuple({0: auto} for _ in shapes)
     error: Exception | None = None
     for dynamic in (spatial, batch):
@@ -209,7 +209,8 @@ class _Lifter:
         elif target in _TRANSPOSE_OPS:
             rank, groups = _TRANSPOSE_OPS[target], args["groups"]
             geometry = {k: _spread(args[k], rank) for k in ("stride", "padding", "output_padding", "dilation")}
-            module = CONV_TRANSPOSES[rank - 1](
+            kind: Any = CONV_TRANSPOSES[rank - 1]
+            module = kind(
                 weight.shape[0], weight.shape[1] * groups, tuple(weight.shape[2:]),
                 groups=groups, bias=has_bias, device="meta", **geometry,
             )  # fmt: skip
@@ -219,7 +220,8 @@ class _Lifter:
             groups = args["groups"]
             padding = args["padding"] if isinstance(args["padding"], str) else _spread(args["padding"], rank)
             stride, dilation = _spread(args["stride"], rank), _spread(args["dilation"], rank)
-            module = CONVS[rank - 1](
+            kind = CONVS[rank - 1]
+            module = kind(
                 weight.shape[1] * groups, weight.shape[0], tuple(weight.shape[2:]), stride=stride, padding=padding,
                 dilation=dilation, groups=groups, bias=has_bias, device="meta",
             )  # fmt: skip
