@@ -3,8 +3,8 @@
 Every factory takes no arguments and returns a module in evaluation mode with random weights from a fixed seed, batch
 norm statistics as initialised, so that a state_dict can be loaded over it and two calls give equal networks.
 
-    resnet20, resnet56     CIFAR, 3x32x32, parameter-free shortcut (stride-2 slice, zero channels): He et al. 2016, option A
-    resnet56_proj          the same with a projection (1x1 convolution and batch norm): option B
+    resnet20, resnet56     CIFAR, 3x32x32, parameter-free shortcut (stride-2 slice, zero channels): He et al. 2016, A
+    resnet56_proj          the same with a projection (1x1 convolution and batch norm): option B of the paper
     mobilenet_v2           ImageNet, 3x224x224: Sandler et al. 2018; torchvision's keys (features.*, classifier.1.*)
     resnet18, resnet50     ImageNet, 3x224x224: He et al. 2016; torchvision's keys (layer1.0.conv1, downsample.0, fc)
 """
