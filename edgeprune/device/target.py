@@ -1,0 +1,165 @@
+"""Target: a class of hardware and how it is measured, read from a TOML file.
+
+Files are looked for in the user's own directory first ($EDGEPRUNE_HOME, else ~/.config/edgeprune), then in the
+checkout's ``targets/``, then in the package data of a wheel.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from edgeprune.errors import DeviceError
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    """What executes the network. ``threads`` is part of the fingerprint: rows of 1 and 4 threads never mix."""
+
+    name: str = "onnxruntime"
+    provider: str = "CPUExecutionProvider"
+    precision: str = "fp32"
+    threads: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Protocol:
+    """How long things are measured. A change of ``id`` starts a new latency table.
+
+    warmup_ms:        runs before the first sample, of a batch of kernels and of a network
+    kernel_ms:        measuring time of one batch of kernels per repetition
+    batch_ms:         kernels are batched until one run of the batch is expected to take this long
+    rounds:           interleaved rounds over whole networks
+    round_ms:         measuring time of one network in one round
+    drift:            a batch whose reference kernel is slower than the session's best by this share is repeated
+    repeats:          how often a batch is repeated at most because of drift
+    """
+
+    id: str = "ep-lat-1"
+    warmup_ms: float = 20.0
+    kernel_ms: float = 60.0
+    batch_ms: float = 3.0
+    rounds: int = 15
+    round_ms: float = 20.0
+    drift: float = 0.10
+    repeats: int = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Fusion:
+    """What the runtime fuses and which tensor layout it works in; see latency/fusion.py.
+
+    block:      channels per block of the runtime's own layout (16 with AVX-512, 8 with AVX2), 0 if it has none
+    conv_tail:  activations fused into a convolution
+    gemm_tail:  activations fused into a matrix product
+    blocked:    element-wise operators that can stay in the blocked layout
+    """
+
+    block: int = 16
+    conv_tail: tuple[str, ...] = ("Relu", "LeakyRelu", "Sigmoid", "Tanh", "Clip", "HardSigmoid", "HardSwish")
+    gemm_tail: tuple[str, ...] = (
+        "Relu", "LeakyRelu", "Sigmoid", "Tanh", "HardSigmoid", "Elu", "Softplus", "Softsign", "ThresholdedRelu",
+        "Selu", "Clip",
+    )  # fmt: skip
+    blocked: tuple[str, ...] = ("Relu", "Sigmoid", "Tanh", "Clip", "HardSigmoid", "HardSwish", "Add", "Mul", "Sum")
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    name: str
+    description: str = ""
+    connection: str = "local"
+    runtime: Runtime = field(default_factory=Runtime)
+    protocol: Protocol = field(default_factory=Protocol)
+    fusion: Fusion = field(default_factory=Fusion)
+
+    def with_threads(self, threads: int | None) -> Target:
+        """The same target with another thread count (None keeps it). Raises DeviceError below 1."""
+        if threads is None:
+            return self
+        if threads < 1:
+            raise DeviceError(f"target {self.name}: {threads} threads asked; expected at least 1")
+        return dataclasses.replace(self, runtime=dataclasses.replace(self.runtime, threads=threads))
+
+
+def home() -> Path:
+    """The user's own directory: targets and profiles in it come first."""
+    own = os.environ.get("EDGEPRUNE_HOME")
+    if own:
+        return Path(own)
+    config = os.environ.get("XDG_CONFIG_HOME")
+    return (Path(config) if config else Path.home() / ".config") / "edgeprune"
+
+
+def search_path(kind: str) -> list[Path]:
+    """Existing directories that may hold ``kind`` ("targets" or "profiles"), the user's own first."""
+    package = Path(__file__).resolve().parent.parent
+    places = [home() / kind, package.parent / kind, package / "_data" / kind]
+    if not (package.parent / "pyproject.toml").is_file():  # an installed package: the folder beside it is not ours
+        del places[1]
+    return [place for place in places if place.is_dir()]
+
+
+def list_targets() -> dict[str, Path]:
+    """Target name -> its file; of equal names the user's own wins."""
+    found: dict[str, Path] = {}
+    for place in search_path("targets"):
+        for path in sorted(place.glob("*.toml")):
+            found.setdefault(path.stem, path)
+    return found
+
+
+def find_target(name: str, threads: int | None = None) -> Target:
+    """The target of that name. Raises DeviceError when there is none, or its file is wrong."""
+    targets = list_targets()
+    if name not in targets:
+        known = ", ".join(sorted(targets)) or "none"
+        raise DeviceError(f"no target named {name!r}; known targets: {known}. `edgeprune targets` lists them")
+    return read_target(targets[name]).with_threads(threads)
+
+
+def read_target(path: Path) -> Target:
+    """Parse one target file. An unknown key or a wrong type is a DeviceError that names it."""
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DeviceError(f"cannot read target file {path}: {error}") from None
+    document.setdefault("name", path.stem)
+    target: Target = _build(Target, document, str(path), "")
+    if target.name != path.stem:
+        raise DeviceError(f"{path}: name is {target.name!r}; expected {path.stem!r}, the name of the file")
+    return target.with_threads(target.runtime.threads)
+
+
+_TABLES: dict[str, Any] = {"runtime": Runtime, "protocol": Protocol, "fusion": Fusion}
+
+
+def _build(kind: Any, values: dict[str, Any], path: str, prefix: str) -> Any:
+    fields = {f.name: f for f in dataclasses.fields(kind)}
+    arguments: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in fields:
+            raise DeviceError(f"{path}: unknown key {prefix + key!r}; expected one of {', '.join(sorted(fields))}")
+        if not prefix and key in _TABLES:
+            if not isinstance(value, dict):
+                raise DeviceError(f"{path}: {key!r} is no table; expected [{key}]")
+            arguments[key] = _build(_TABLES[key], value, path, f"{key}.")
+            continue
+        arguments[key] = _convert(value, str(fields[key].type), f"{path}: {prefix + key!r}")
+    return kind(**arguments)
+
+
+def _convert(value: Any, kind: str, where: str) -> Any:
+    if kind == "str" and isinstance(value, str):
+        return value
+    if kind == "int" and isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    if kind == "float" and isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0:
+        return float(value)
+    if kind.startswith("tuple") and isinstance(value, list) and all(isinstance(v, str) for v in value):
+        return tuple(value)
+    raise DeviceError(f"{where} is {value!r}; expected {'a list of names' if kind.startswith('tuple') else kind}")
