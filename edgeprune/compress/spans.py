@@ -1,0 +1,156 @@
+"""The three views of a network joined: which channel groups the counts of each fused kernel depend on.
+
+A *span* is a kernel whose channel counts vary. Its variables are axes reduced to their direction (``w``, not ``49 w``
+or ``w + 3``), so that all tensors a kernel touches are expressed by one or two of them. A kernel that touches more
+(a concatenation of several groups) varies with its output alone, its inputs in proportion.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from edgeprune.deploy.export import to_onnx
+from edgeprune.graph.blocks import Block, find_blocks
+from edgeprune.graph.channels import Channels, analyse
+from edgeprune.graph.fold import fold
+from edgeprune.graph.network import Network
+from edgeprune.latency.fusion import sites
+from edgeprune.latency.kernel import Kernel, Site
+from edgeprune.plan.problem import Axis
+
+
+@dataclass(frozen=True, slots=True)
+class Dimension:
+    """One varying size of a kernel's shapes: ``const + scale * value of variable``. ``tensor`` -1 is the output."""
+
+    tensor: int
+    dim: int
+    variable: int
+    scale: int
+    const: int
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A kernel at its place, as a function of at most two variables (axes over group indices)."""
+
+    site: Site
+    variables: tuple[Axis, ...]
+    dimensions: tuple[Dimension, ...]
+    full: tuple[int, ...]
+    block: int | None
+    proportional: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.site.name
+
+    def at(self, counts: tuple[int, ...]) -> Kernel:
+        """The kernel when the variables have these values."""
+        kernel = self.site.kernel
+        inputs = [list(s) for s in kernel.inputs]
+        output = list(kernel.output)
+        for d in self.dimensions:
+            shape = output if d.tensor < 0 else inputs[d.tensor]
+            count = counts[d.variable]
+            if self.proportional and d.tensor >= 0:
+                shape[d.dim] = max(1, round(shape[d.dim] * count / self.full[d.variable]))
+            else:
+                shape[d.dim] = d.const + d.scale * count
+        return replace(kernel, inputs=tuple(map(tuple, inputs)), output=tuple(output))
+
+
+@dataclass(frozen=True, slots=True)
+class Anatomy:
+    """A network seen as nodes, channel groups, removable blocks and kernels. ``channels`` and ``blocks`` belong to
+    ``network``; the spans come from its folded form and index ``channels.groups``."""
+
+    network: Network
+    folded: Network
+    channels: Channels
+    blocks: tuple[Block, ...]
+    spans: tuple[Span, ...]
+    group_blocks: tuple[int | None, ...]
+
+
+def dissect(network: Network) -> Anatomy:
+    """Analyse a network for planning. Raises UnsupportedModelError for operators that cannot be exported."""
+    channels, blocks = analyse(network), find_blocks(network)
+    folded = fold(network)
+    folded_channels = analyse(folded)
+    index = _match_groups(folded_channels, channels)
+    block_of_node = {node: i for i, block in enumerate(blocks) for node in block.nodes}
+    spans = tuple(
+        _span(site, folded_channels, index, block_of_node) for site in sites(to_onnx(folded))
+    )  # fmt: skip
+    return Anatomy(network, folded, channels, blocks, spans, _group_blocks(network, channels, block_of_node))
+
+
+def _match_groups(folded: Channels, channels: Channels) -> list[int | None]:
+    """Folded group index -> index in the unfolded network; folding keeps producers, so names and sizes agree."""
+    by_name = {g.name: i for i, g in enumerate(channels.groups)}
+    result: list[int | None] = []
+    for group in folded.groups:
+        i = by_name.get(group.name)
+        result.append(i if i is not None and channels.groups[i].size == group.size else None)
+    return result
+
+
+def _group_blocks(network: Network, channels: Channels, block_of_node: dict[str, int]) -> tuple[int | None, ...]:
+    """The block each group lies wholly inside of, if any."""
+    calls: dict[str, list[str]] = {}
+    for node in network.module.graph.nodes:
+        if node.op in ("call_module", "get_attr"):
+            users = [node.name] if node.op == "call_module" else [u.name for u in node.users]
+            calls.setdefault(str(node.target), []).extend(users)
+    result: list[int | None] = []
+    for group in channels.groups:
+        homes = {block_of_node.get(n) for slot in group.slots for n in calls.get(slot.target, [])}
+        result.append(homes.pop() if len(homes) == 1 else None)
+    return tuple(result)
+
+
+def _span(site: Site, channels: Channels, index: Sequence[int | None], block_of_node: dict[str, int]) -> Span:
+    found: list[tuple[int, int, Axis]] = []
+    kernel = site.kernel
+    tensors = [*((i, name, kernel.inputs[i]) for i, name in enumerate(site.inputs)), (-1, site.output, kernel.output)]
+    for tensor, name, shape in tensors:
+        labels = channels.labels.get(name)
+        if labels is None or tuple(labels.shape) != tuple(shape):
+            continue
+        for dim in range(len(shape)):
+            axis = _translated(channels.axis(name, dim), index)
+            if axis is not None and axis.terms:
+                found.append((tensor, dim, axis))
+    block = block_of_node.get(site.anchor_output, block_of_node.get(site.output))
+    variables = list(dict.fromkeys(_direction(axis)[0] for _, _, axis in found))
+    proportional = len(variables) > 2
+    if proportional:
+        outputs = [f for f in found if f[0] < 0]
+        variables = list(dict.fromkeys(_direction(axis)[0] for _, _, axis in outputs))[:1]
+        if not variables:
+            return Span(site, (), (), (), block)
+    dimensions = []
+    for tensor, dim, axis in found:
+        direction, scale = _direction(axis)
+        if direction in variables:
+            dimensions.append(Dimension(tensor, dim, variables.index(direction), scale, axis.const))
+        elif proportional and tensor >= 0:
+            dimensions.append(Dimension(tensor, dim, 0, 1, 0))
+    sizes = {i: channels.groups[f].size for f, i in enumerate(index) if i is not None}
+    return Span(site, tuple(variables), tuple(dimensions), tuple(v.at(sizes) for v in variables), block, proportional)
+
+
+def _translated(axis: Axis, index: Sequence[int | None]) -> Axis | None:
+    """The axis over the unfolded network's groups; None when it touches a group that has no counterpart."""
+    terms = [(index[g], m) for g, m in axis.terms]
+    if any(g is None for g, _ in terms):
+        return None
+    return Axis(tuple(sorted((int(g), m) for g, m in terms if g is not None)), axis.const)
+
+
+def _direction(axis: Axis) -> tuple[Axis, int]:
+    scale = math.gcd(*(m for _, m in axis.terms))
+    return Axis(tuple((g, m // scale) for g, m in axis.terms)), scale
