@@ -1,0 +1,149 @@
+"""From the original to a network whose measured latency is within the budget, in rounds.
+
+Damage is additive only while it is small. So the way down is taken in rounds: judge, plan to an intermediate budget,
+cut, repair, and judge what is left against the *original's* outputs. The last round plans, times the result whole, and
+corrects, until the measurement lies just under the budget (compress/fit.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from edgeprune.compress.apply import advance, begin, finished_plan
+from edgeprune.compress.fit import Attempt, fit
+from edgeprune.compress.problem import Widths, build_problem
+from edgeprune.compress.spans import Anatomy, dissect
+from edgeprune.errors import BudgetUnreachableError
+from edgeprune.graph.network import Network
+from edgeprune.latency.kernel import Kernel
+from edgeprune.plan.exact import smallest, solve
+from edgeprune.plan.problem import Plan, Problem, Ranking
+
+ROUND_SHARE = 0.85  # a round takes away at most this share of the latency it starts with
+
+
+class Prices(Protocol):
+    """What latency costs on the target (compress/pricing.py)."""
+
+    def prepare(self, anatomy: Anatomy) -> Sequence[Widths]:
+        """Measure what is missing; the candidate widths of every group."""
+
+    def kernel_ms(self, kernel: Kernel) -> float: ...
+
+    def constant_ms(self) -> float: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """What can be cut and what it costs: a ranking per group name, a damage per block name."""
+
+    rankings: Mapping[str, Ranking]
+    block_damage: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Shrunk:
+    """plan: in terms of the original. network: cut, repaired, not yet trained. predicted_ms, measured_ms: of it."""
+
+    plan: Plan
+    network: Network
+    predicted_ms: float
+    measured_ms: float
+    rounds: int
+    attempts: tuple[Attempt, ...]
+
+
+def shrink(
+    original: Network,
+    original_ms: float,
+    budget_ms: float,
+    prices: Prices,
+    judge: Callable[[Network, Anatomy], Judgement],
+    repair: Callable[[Network], Network],
+    clock: Callable[[Network], float],
+    progress: Callable[[float, float, str], None],
+) -> Shrunk:
+    """Cut ``original`` until ``clock`` (ms of a network timed whole) is within ``budget_ms``.
+
+    judge:  (network as it is now, its anatomy) -> Judgement against the original's outputs
+    repair: network -> the same with its weights refitted to the original's responses
+    Raises BudgetUnreachableError before any other work, BudgetMissedError when no plan measures within the budget.
+    """
+    anatomy = dissect(original)
+    candidates = prices.prepare(anatomy)
+    _refuse_unreachable(anatomy, candidates, prices, original_ms, budget_ms)
+    rounds = max(1, math.ceil(math.log(budget_ms / original_ms) / math.log(ROUND_SHARE) - 0.2))
+    correction = original_ms / predicted_ms(anatomy, prices)
+    state = begin(original)
+    for step in range(1, rounds):
+        progress(step - 1, rounds, "planning")
+        judgement = judge(state.network, anatomy)
+        target_ms = original_ms * (budget_ms / original_ms) ** (step / rounds) / correction
+        plan = solve(_problem(anatomy, candidates, prices, judgement, target_ms))
+        state = advance(state, plan, judgement.rankings)
+        state = replace(state, network=repair(state.network))
+        anatomy = dissect(state.network)
+        candidates = _narrowed(prices.prepare(anatomy), anatomy)
+    progress(rounds - 1, rounds, "planning")
+    judgement = judge(state.network, anatomy)
+
+    def measure(plan: Plan) -> float:
+        return clock(advance(state, plan, judgement.rankings).network)
+
+    fitted = fit(
+        lambda asked_ms: solve(_problem(anatomy, candidates, prices, judgement, asked_ms)),
+        measure,
+        budget_ms,
+        correction=correction,
+    )
+    state = advance(state, fitted.plan, judgement.rankings)
+    final = finished_plan(original, state, fitted.plan)
+    return Shrunk(
+        final,
+        repair(state.network),
+        float(fitted.plan.predicted_ms or 0.0),
+        fitted.measured_ms,
+        rounds,
+        fitted.attempts,
+    )
+
+
+def predicted_ms(anatomy: Anatomy, prices: Prices) -> float:
+    """The table's latency of a network as it is."""
+    return prices.constant_ms() + math.fsum(prices.kernel_ms(span.at(span.full)) for span in anatomy.spans)
+
+
+def _problem(
+    anatomy: Anatomy, candidates: Sequence[Widths], prices: Prices, judgement: Judgement, budget_ms: float
+) -> Problem:
+    return build_problem(
+        anatomy,
+        candidates,
+        prices.kernel_ms,
+        prices.constant_ms(),
+        judgement.rankings,
+        judgement.block_damage,
+        budget_ms,
+    )
+
+
+def _refuse_unreachable(
+    anatomy: Anatomy, candidates: Sequence[Widths], prices: Prices, original_ms: float, budget_ms: float
+) -> None:
+    free = {g.name: Ranking.free(g.size) for g in anatomy.channels.groups}
+    nothing = Judgement(free, {b.name: 0.0 for b in anatomy.blocks})
+    floor_ms = smallest(_problem(anatomy, candidates, prices, nothing, 0.0))
+    floor_ms *= original_ms / predicted_ms(anatomy, prices)
+    if floor_ms > budget_ms:
+        raise BudgetUnreachableError(
+            f"no plan reaches {budget_ms:.4g} ms: with every block removed and every group at its narrowest the network "
+            f"still takes {floor_ms:.4g} ms ({100 * floor_ms / original_ms:.0f}% of {original_ms:.4g} ms); "
+            f"ask for --latency {math.ceil(100 * floor_ms / original_ms) + 1}% or more"
+        )
+
+
+def _narrowed(candidates: Sequence[Widths], anatomy: Anatomy) -> Sequence[Widths]:
+    return [tuple(w for w in ws if w <= g.size) for ws, g in zip(candidates, anatomy.channels.groups, strict=True)]
