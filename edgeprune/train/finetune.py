@@ -1,0 +1,430 @@
+"""Fine-tuning that can be killed: distillation from the original network, with labels where there are any.
+
+Everything random in step ``n`` is drawn from (seed, n) and not from a generator that lives on, and a checkpoint holds
+all the rest; so a run that is killed and started again computes what an uninterrupted one does, bit by bit on a CPU
+with the same number of threads. A run under a time limit fixes its number of steps at the start, for the same reason.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from edgeprune.errors import DataError, EdgepruneError
+from edgeprune.graph.network import BATCH_NORMS
+from edgeprune.train import checkpoint
+from edgeprune.train.augment import Views, chosen
+from edgeprune.train.config import History, Progress, TrainConfig
+from edgeprune.train.dataset import Batch, DataSet
+from edgeprune.train.evaluate import device_of, evaluate
+from edgeprune.train.loss import Objective, Outputs, as_outputs, check_labels
+from edgeprune.train.schedule import TOLERANCE, Schedule, steps_within
+from edgeprune.train.teacher import Teacher
+
+SNAPSHOT_STEPS = 20  # how far a diverged run goes back
+MAX_ROLLBACKS = 8
+DIVERGED = 3.0  # times the loss of a constant answer
+EARLY = 0.1  # of a time limit: too soon to tell how fast the machine is
+_SMOOTH = 0.95
+
+
+def finetune(
+    student: nn.Module,
+    teacher: nn.Module | None,
+    data: DataSet,
+    config: TrainConfig,
+    checkpoint_path: Path | None = None,
+    progress: Callable[[Progress], None] | None = None,
+    validation: DataSet | None = None,
+) -> History:
+    """Train ``student`` in place to answer like ``teacher`` (and the labels); it ends in eval mode.
+
+    student, teacher: modules of one input (N, ...) and one or several outputs, batch first; the teacher stays as it
+        is and may be None where the data is labelled.
+    checkpoint_path: where the run is saved every ``config.checkpoint_s`` seconds; if the file is there already the run
+        goes on from it, and a finished run is not repeated.
+    validation: labelled samples; the best weights on them are kept. Without them the last ones are.
+    Raises DataError (nothing to learn from, labels beyond the classes, numbers that are not finite in the data),
+    UsageError (the checkpoint belongs to another run), EdgepruneError (training diverges at any learning rate).
+    """
+    started = time.monotonic()
+    cuda = torch.cuda.is_available() and config.device != "cpu"
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if cuda else []):
+        device = torch.device("cuda" if config.device == "auto" and cuda else config.device.replace("auto", "cpu"))
+        home = device_of(student)
+        run = _Run(student, teacher, data, config, device, checkpoint_path, validation, started)
+        try:
+            return run.train(progress)
+        finally:
+            run.loader.shutdown(wait=False, cancel_futures=True)
+            place(student, home, torch.contiguous_format)
+            if teacher is not None:
+                place(teacher, home, torch.contiguous_format)
+            student.eval()
+
+
+def place(module: nn.Module, device: torch.device, memory_format: torch.memory_format) -> None:
+    """Move a module, its 4-d weights to a memory format, and the devices baked into the calls of its graph."""
+    module.to(device=device)
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.dim() == 4:
+            tensor.data = tensor.data.contiguous(memory_format=memory_format)
+    graph = getattr(module, "graph", None)
+    changed = False
+    for node in graph.nodes if graph is not None else ():
+        if node.kwargs.get("device") is not None and torch.device(node.kwargs["device"]) != device:
+            node.kwargs = {**node.kwargs, "device": device}
+            changed = True
+    if changed:
+        module.recompile()  # type: ignore[operator]
+
+
+class _Run:
+    def __init__(
+        self,
+        student: nn.Module,
+        teacher: nn.Module | None,
+        data: DataSet,
+        config: TrainConfig,
+        device: torch.device,
+        path: Path | None,
+        validation: DataSet | None,
+        started: float,
+    ):
+        self.student, self.data, self.config, self.device, self.path = student, data, config, device, path
+        self.validation = validation if validation is not None and validation.labelled else None
+        self.identity = _identity(student, teacher, data, config)
+        self.batch_size = min(config.batch_size, len(data))
+        self.per_epoch = len(data) // self.batch_size
+        self.history = History()
+        self.elapsed_before, self.started = 0.0, started
+        self.loader = ThreadPoolExecutor(1)
+        self.format = torch.channels_last if len(data.input_shape) == 4 else torch.contiguous_format
+        place(student, device, self.format)
+        if teacher is not None:
+            place(teacher, device, self.format)
+            teacher.eval()
+
+        x, _ = data.batch(data.order(config.seed)[: max(2, min(512, len(data)))])
+        _check_finite(x, data)
+        judge = teacher if teacher is not None else student.eval()
+        sample = self._outputs(judge, x)
+        self.objective = Objective(config, sample, data.labelled, teacher is not None, data.name)
+        labels = None if data.labels is None else data.labels.tolist()
+        if self.objective.labels:
+            check_labels(labels, self.objective.classes, data.name)
+        self.constant_loss = self.objective.of_constant(sample, labels)
+        scores = self.objective.classes is not None
+        self.augment, note = chosen(
+            config.augment, data.input_shape, config.seed, x, lambda x: self._outputs(judge, x)[0] if scores else None
+        )
+        if note:
+            self.history.notes.append(note)
+        views = config.teacher_views if self.augment else 1
+        self.teacher = None if teacher is None else Teacher(teacher, len(data), views, sample)
+        self.optimizer = _optimizer(student, config)
+        self.average = copy.deepcopy(self._weights()) if config.ema is not None else None
+        self.schedule = Schedule(0, config.warmup)
+        self.lr_scale = 1.0
+        self.smoothed: float | None = None
+        self.best: tuple[float, int, dict[str, torch.Tensor]] | None = None
+        self._order: tuple[int, np.ndarray] | None = None
+        self._views: tuple[int, Views | None] | None = None
+
+    # --- the loop -----------------------------------------------------------------------------------------------
+
+    def train(self, progress: Callable[[Progress], None] | None) -> History:
+        saved = checkpoint.load(self.path, self.identity) if self.path is not None else None
+        if saved is not None:
+            self._restore(saved)
+            self.elapsed_before = saved["elapsed_s"]
+            self.started = time.monotonic()
+            self.history.resumed_from = self.schedule.step
+            if saved["done"]:
+                return self.history
+        else:
+            self._evaluate()
+            self.schedule.steps = self._count_steps()
+        good, pending, saved_at = self._state(), self._load(self.schedule.step), time.monotonic()
+        if saved is None and self.path is not None:
+            self._save(good)
+        begun, first = time.monotonic(), self.schedule.step
+        while not self.schedule.done:
+            step = self.schedule.step
+            batch = pending.result()
+            if step + 1 < self.schedule.steps:
+                pending = self._load(step + 1)
+            lr = self.config.lr * self.lr_scale * self.schedule.factor()
+            loss = self._step(self.student, self.optimizer, batch, step, lr)
+            if self._diverged(loss):
+                self._back(good, loss)
+                pending = self._load(self.schedule.step)
+                continue
+            self.smoothed = loss if self.smoothed is None else _SMOOTH * self.smoothed + (1 - _SMOOTH) * loss
+            self.schedule.advance()
+            self._record(lr)
+            step_s = (time.monotonic() - begun) / max(1, self.schedule.step - first)
+            if progress is not None:
+                left = step_s * (self.schedule.steps - self.schedule.step)
+                done = self.schedule
+                progress(Progress(done.step, done.steps, self.smoothed, lr, self._elapsed(), left))
+            if self.schedule.step % SNAPSHOT_STEPS == 0 and not self.schedule.done:
+                self._keep_within_limit(step_s)
+                good = self._state()
+                if self.path is not None and time.monotonic() - saved_at >= self.config.checkpoint_s:
+                    self._save(good)
+                    saved_at = time.monotonic()
+        self._finish()
+        return self.history
+
+    def _step(self, module: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, step: int, lr: float) -> float:
+        """One step of training; the loss, NaN if a gradient was not finite (then no weight was changed)."""
+        x, y = batch
+        x = self.data.normalisation(x.to(self.device, memory_format=self.format))
+        y = None if y is None else y.to(self.device)
+        positions, view = self._positions(step)
+        torch.manual_seed((self.config.seed << 32) + step)  # dropout
+        answers = None if self.teacher is None else self.teacher.answer(x, view, positions)
+        _training_mode(module, self.config.batch_norm)
+        loss = self.objective(as_outputs(module(x)), answers, y)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        norm = nn.utils.clip_grad_norm_(module.parameters(), self.config.clip_norm)
+        value = float(loss.detach())
+        if not math.isfinite(value) or not math.isfinite(float(norm)):
+            return math.nan
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+        if self.average is not None and module is self.student:
+            decay = min(self.config.ema or 0.0, (1 + step) / (10 + step))
+            for mean, now in zip(self.average.values(), self._weights().values(), strict=True):
+                if mean.is_floating_point():
+                    mean.lerp_(now, 1 - decay)
+                else:
+                    mean.copy_(now)
+        return value
+
+    def _diverged(self, loss: float) -> bool:
+        if not math.isfinite(loss):
+            return True
+        return self.smoothed is not None and self.smoothed > DIVERGED * self.constant_loss
+
+    def _back(self, good: dict[str, Any], loss: float) -> None:
+        at = self.schedule.step
+        if self.history.rollbacks >= MAX_ROLLBACKS:
+            x, _ = self.data.batch(self._positions(at)[0])
+            _check_finite(x, self.data)
+            raise EdgepruneError(
+                f"training diverged {MAX_ROLLBACKS + 1} times (loss {loss:g} at step {at}); "
+                "expected it to settle: give a smaller learning rate or --no-train"
+            )
+        good["lr_scale"] = self.lr_scale * 0.5
+        good["history"]["rollbacks"] = self.history.rollbacks + 1
+        good["history"]["notes"] = [
+            *self.history.notes,
+            f"diverged at step {at}: back to step {good['schedule']['step']} at half the learning rate",
+        ]
+        self._restore(good)
+
+    def _record(self, lr: float) -> None:
+        step, steps = self.schedule.step, self.schedule.steps
+        if self.smoothed is not None and (step * 100 // steps != (step - 1) * 100 // steps):
+            self.history.losses.append((step, self.smoothed))
+        if self.config.evaluations and step < steps:
+            due = [steps * (i + 1) // (self.config.evaluations + 1) for i in range(self.config.evaluations)]
+            if step in due:
+                self._evaluate()
+
+    def _evaluate(self) -> None:
+        if self.validation is None:
+            return
+        accuracy = evaluate(self.student, self.validation)
+        if accuracy is None:
+            self.validation = None
+            return
+        self.history.validation.append((self.schedule.step, accuracy))
+        if self.best is None or accuracy >= self.best[0]:
+            self.best = (accuracy, self.schedule.step, copy.deepcopy(self._weights()))
+
+    def _finish(self) -> None:
+        if self.average is not None:
+            self.student.load_state_dict(self.average)
+        self._evaluate()
+        self.history.selected_step = self.schedule.step
+        if self.best is not None and self.best[1] != self.schedule.step:
+            self.history.selected_step = self.best[1]
+            self.student.load_state_dict(self.best[2])
+        self.history.steps = self.schedule.step
+        self.history.epochs = self.schedule.step / self.per_epoch
+        self.history.seconds = self._elapsed()
+        self.history.images_per_s = self.schedule.step * self.batch_size / max(self.history.seconds, 1e-9)
+        if self.path is not None:
+            self.optimizer.state.clear()
+            self.best = self.average = None
+            if self.teacher is not None:
+                self.teacher.load([])
+            self._save(self._state(), done=True)
+
+    # --- how long -----------------------------------------------------------------------------------------------
+
+    def _count_steps(self) -> int:
+        config = self.config
+        if config.steps is not None:
+            return max(1, int(config.steps))
+        if config.minutes is None:
+            return max(1, round((config.epochs if config.epochs is not None else 5) * self.per_epoch))
+        asked_s, remembered_s = self._step_times()
+        evaluation_s = 0.0
+        if self.validation is not None:
+            begun = time.monotonic()
+            evaluate(self.student, self.validation)
+            evaluation_s = (time.monotonic() - begun) * (config.evaluations + 1)
+        views = self.teacher.views if self.teacher is not None else 0
+        left = config.minutes * 60 - self._elapsed() - evaluation_s
+        return steps_within(left, asked_s, remembered_s, views * self.per_epoch if views else None)
+
+    def _step_times(self) -> tuple[float, float]:
+        """Seconds of a step with and without asking the original, medians over a few steps on copies."""
+        module = copy.deepcopy(self.student)
+        optimizer = _optimizer(module, self.config)
+        times: tuple[list[float], list[float]] = ([], [])
+        for i in range(6):
+            step = i % self.per_epoch
+            for remembered in (False, True) if self.teacher is not None else (False,):
+                if self.teacher is not None and not remembered:
+                    self.teacher.load([])
+                begun = time.monotonic()
+                self._step(module, optimizer, self._load(step).result(), step, 0.0)
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize()
+                times[remembered].append(time.monotonic() - begun)
+        if self.teacher is not None:
+            self.teacher.load([])
+        asked = float(np.median(times[0][1:]))
+        return asked, min(asked, float(np.median(times[1][1:]))) if times[1] else asked
+
+    def _keep_within_limit(self, step_s: float) -> None:
+        if self.config.minutes is None or self._elapsed() < EARLY * self.config.minutes * 60:
+            return
+        left_s = self.config.minutes * 60 - self._elapsed()
+        remaining = self.schedule.steps - self.schedule.step
+        if remaining * step_s > left_s + TOLERANCE * self.config.minutes * 60:
+            steps = self.schedule.step + max(1, int(left_s / step_s))
+            self.history.notes.append(
+                f"the machine became slower than measured: {steps} steps instead of {self.schedule.steps}"
+            )
+            self.schedule.steps = steps
+
+    def _elapsed(self) -> float:
+        return self.elapsed_before + time.monotonic() - self.started
+
+    # --- batches ------------------------------------------------------------------------------------------------
+
+    def _positions(self, step: int) -> tuple[np.ndarray, int]:
+        """(the samples of a step, their view)."""
+        epoch, i = divmod(step, self.per_epoch)
+        order = self._order
+        if order is None or order[0] != epoch:
+            order = self._order = (epoch, self.data.order(self.config.seed * 1_000_003 + epoch))
+        view = epoch if self.teacher is None else self.teacher.view_of(epoch)
+        return order[1][i * self.batch_size : (i + 1) * self.batch_size], view
+
+    def _load(self, step: int) -> Future[Batch]:
+        positions, view = self._positions(step)
+        if self._views is None or self._views[0] != view:
+            self._views = (view, self.augment.views(len(self.data), view) if self.augment else None)
+        return self.loader.submit(self.data.raw, positions, self._views[1])
+
+    def _outputs(self, module: nn.Module, x: torch.Tensor) -> Outputs:
+        with torch.no_grad():
+            return as_outputs(module(x.to(self.device, memory_format=self.format)))
+
+    # --- state --------------------------------------------------------------------------------------------------
+
+    def _weights(self) -> dict[str, torch.Tensor]:
+        return {name: t.detach() for name, t in self.student.state_dict().items()}
+
+    def _state(self) -> dict[str, Any]:
+        """All that the rest of the run depends on, as a copy."""
+        return copy.deepcopy(
+            {
+                "model": self._weights(),
+                "optimizer": self.optimizer.state_dict(),
+                "average": self.average,
+                "best": None if self.best is None else list(self.best),
+                "schedule": {k: getattr(self.schedule, k) for k in ("steps", "warmup", "step", "phase")},
+                "lr_scale": self.lr_scale,
+                "smoothed": self.smoothed,
+                "history": self.history.to_dict(),
+            }
+        )
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        state = copy.deepcopy(state)
+        self.student.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.average = state["average"]
+        self.best = None if state["best"] is None else tuple(state["best"])
+        self.schedule = Schedule(**state["schedule"])
+        self.lr_scale, self.smoothed = state["lr_scale"], state["smoothed"]
+        self.history = History(**state["history"])
+        if self.teacher is not None and "teacher" in state:
+            self.teacher.load(state["teacher"])
+
+    def _save(self, state: dict[str, Any], done: bool = False) -> None:
+        assert self.path is not None
+        extra = {"identity": self.identity, "done": done, "elapsed_s": self._elapsed()}
+        if self.teacher is not None:
+            extra["teacher"] = self.teacher.state()
+        checkpoint.save(self.path, {**state, **extra})
+
+
+def _optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """Nesterov SGD; what multiplies activations decays, what shifts or scales them (norms, biases) does not."""
+    parameters = [p.requires_grad_(True) for p in module.parameters() if p.is_floating_point()]
+    return torch.optim.SGD(
+        [
+            {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
+            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        ],
+        lr=config.lr,
+        momentum=config.momentum,
+        nesterov=config.momentum > 0,
+    )
+
+
+def _training_mode(module: nn.Module, batch_norm: str) -> None:
+    module.train()
+    if batch_norm == "frozen":
+        for child in module.modules():
+            if isinstance(child, BATCH_NORMS):
+                child.eval()
+
+
+def _identity(student: nn.Module, teacher: nn.Module | None, data: DataSet, config: TrainConfig) -> str:
+    """Of a run: a checkpoint with another one is not gone on with. The student counts by its shapes (its weights are
+    in the checkpoint), the original by its weights."""
+    digest = hashlib.sha256(config.digest().encode())
+    for name, tensor in student.state_dict().items():
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+    for name, tensor in teacher.state_dict().items() if teacher is not None else ():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    digest.update(f"{len(data)} {data.input_shape} {data.labelled} {data.normalisation}".encode())
+    return digest.hexdigest()[:32]
+
+
+def _check_finite(x: torch.Tensor, data: DataSet) -> None:
+    if not torch.isfinite(x).all():
+        raise DataError(f"{data.name}: samples hold numbers that are not finite (NaN or infinity)")
