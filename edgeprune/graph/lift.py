@@ -47,7 +47,7 @@ def lift(module: nn.Module, input_shapes: Sequence[Sequence[int]], origin: str =
     was_training = module.training
     module.eval()
     try:
-        program = _export(module, shapes, origin)
+        program = export(module, shapes, origin)
     finally:
         module.train(was_training)
     return lift_program(program, shapes, origin)
@@ -78,8 +78,11 @@ def _hint(size: Any) -> int:
     return int(size) if isinstance(size, int) else int(size.node.hint)
 
 
-def _export(module: nn.Module, shapes: tuple[tuple[int, ...], ...], origin: str) -> torch.export.ExportedProgram:
-    """Batch, height and width dynamic if the model allows it, else the batch only, else nothing."""
+def export(module: nn.Module, shapes: Sequence[Sequence[int]], origin: str) -> torch.export.ExportedProgram:
+    """``torch.export`` with batch, height and width dynamic if the model allows it, else the batch only.
+
+    Raises UnsupportedModelError when the module cannot be traced at these shapes (one per input, batch in front).
+    """
     auto = torch.export.Dim.AUTO
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     inputs = tuple(torch.randn(2, *shape[1:], device=device) for shape in shapes)
@@ -170,9 +173,9 @@ class _Lifter:
         if name not in self.attributes:
             value = _get(self.source, name)
             if isinstance(value, nn.Parameter):
-                _place(self.root, name, value)
+                place(self.root, name, value)
             else:
-                _place(self.root, name, value, buffer=True)
+                place(self.root, name, value, buffer=True)
             with self.graph.inserting_after(_last_placeholder(self.graph)):
                 self.attributes[name] = self.graph.get_attr(name)
         return self.attributes[name]
@@ -254,7 +257,7 @@ class _Lifter:
             free = path
             while free in taken or _exists(self.root, free):
                 free += "_"
-            _place(self.root, free, module)
+            place(self.root, free, module)
             self.modules[key] = free
         return self.modules[key]
 
@@ -302,7 +305,8 @@ def _exists(root: nn.Module, path: str) -> bool:
         return False
 
 
-def _place(root: nn.Module, path: str, value: Any, buffer: bool = False) -> None:
+def place(root: nn.Module, path: str, value: Any, buffer: bool = False) -> None:
+    """Set ``value`` at a dotted path below ``root``, making plain modules on the way."""
     *parents, leaf = path.split(".")
     for name in parents:
         if not hasattr(root, name):
