@@ -1,0 +1,1 @@
+"""The rows of the operator table, by kind; ``edgeprune.deploy.onnx_ops`` says which operator has which."""
