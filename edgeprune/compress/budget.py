@@ -13,7 +13,7 @@ _MS_PER_UNIT = {"ms": 1.0, "us": 1e-3, "µs": 1e-3, "s": 1e3}
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """``text`` as given; exactly one of ``absolute_ms`` (milliseconds) and ``share`` (of the original latency) is set."""
+    """``text`` as given, and one of ``absolute_ms`` (milliseconds) and ``share`` (of the original latency)."""
 
     text: str
     absolute_ms: float | None = None

@@ -54,9 +54,7 @@ def attainable(axis: Axis, candidates: Sequence[Widths]) -> tuple[int, ...]:
 
 def needed_kernels(anatomy: Anatomy, candidates: Sequence[Widths]) -> dict[str, Kernel]:
     """Every kernel that a plan over these candidates can contain, by key."""
-    return {
-        (kernel := span.at(counts)).key(): kernel for span in anatomy.spans for counts in _counts(span, candidates)
-    }
+    return {(kernel := span.at(counts)).key(): kernel for span in anatomy.spans for counts in _counts(span, candidates)}
 
 
 def _counts(span: Span, candidates: Sequence[Widths]) -> list[tuple[int, ...]]:

@@ -139,7 +139,7 @@ def _refuse_unreachable(
     floor_ms *= original_ms / predicted_ms(anatomy, prices)
     if floor_ms > budget_ms:
         raise BudgetUnreachableError(
-            f"no plan reaches {budget_ms:.4g} ms: with every block removed and every group at its narrowest the network "
+            f"no plan reaches {budget_ms:.4g} ms: with all blocks removed and all groups at their narrowest the network "
             f"still takes {floor_ms:.4g} ms ({100 * floor_ms / original_ms:.0f}% of {original_ms:.4g} ms); "
             f"ask for --latency {math.ceil(100 * floor_ms / original_ms) + 1}% or more"
         )

@@ -11,6 +11,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
 from edgeprune.deploy.export import to_onnx
 from edgeprune.graph.blocks import Block, find_blocks
 from edgeprune.graph.channels import Channels, analyse
@@ -82,10 +84,23 @@ def dissect(network: Network) -> Anatomy:
     folded_channels = analyse(folded)
     index = _match_groups(folded_channels, channels)
     block_of_node = {node: i for i, block in enumerate(blocks) for node in block.nodes}
-    spans = tuple(
-        _span(site, folded_channels, index, block_of_node) for site in sites(to_onnx(folded))
-    )  # fmt: skip
-    return Anatomy(network, folded, channels, blocks, spans, _group_blocks(network, channels, block_of_node))
+    group_blocks = _group_blocks(network, channels, block_of_node)
+    block_of_node |= _repeated_relus(network, blocks)
+    spans = tuple(_span(site, folded_channels, index, block_of_node) for site in sites(to_onnx(folded)))
+    return Anatomy(network, folded, channels, blocks, spans, group_blocks)
+
+
+def _repeated_relus(network: Network, blocks: Sequence[Block]) -> dict[str, int]:
+    """The relu behind a block whose shortcut is itself a relu: it goes with the block, since folding drops it then."""
+    relu = torch.ops.aten.relu.default
+    nodes = {n.name: n for n in network.module.graph.nodes}
+    return {
+        user.name: i
+        for i, block in enumerate(blocks)
+        if nodes[block.shortcut].target is relu
+        for user in nodes[block.join].users
+        if user.target is relu
+    }
 
 
 def _match_groups(folded: Channels, channels: Channels) -> list[int | None]:

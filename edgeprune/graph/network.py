@@ -58,9 +58,10 @@ class Network:
 def shapes(network: Network, batch: int = 1) -> dict[str, tuple[int, ...]]:
     """Node name -> shape of its output, by one run on the meta device; nodes that return no tensor are left out."""
     meta = copy.deepcopy(network.module).to("meta")
+    dtype = next((p.dtype for p in meta.parameters() if p.is_floating_point()), torch.float32)
     recorder = _ShapeRecorder(meta)
     with torch.no_grad():
-        recorder.run(*(torch.empty(batch, *s[1:], device="meta") for s in network.input_shapes))
+        recorder.run(*(torch.empty(batch, *s[1:], device="meta", dtype=dtype) for s in network.input_shapes))
     return recorder.shapes
 
 
