@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from edgeprune.compress.apply import advance, begin, finished_plan
+from edgeprune.compress.apply import State, advance
 from edgeprune.compress.fit import Attempt, fit
 from edgeprune.compress.problem import Widths, build_problem
 from edgeprune.compress.spans import Anatomy, dissect
@@ -20,7 +20,7 @@ from edgeprune.errors import BudgetUnreachableError
 from edgeprune.graph.network import Network
 from edgeprune.latency.kernel import Kernel
 from edgeprune.plan.exact import smallest, solve
-from edgeprune.plan.problem import Plan, Problem, Ranking
+from edgeprune.plan.problem import Plan, Problem, Ranking, Recipe
 
 ROUND_SHARE = 0.85  # a round takes away at most this share of the latency it starts with
 
@@ -46,9 +46,10 @@ class Judgement:
 
 @dataclass(frozen=True, slots=True)
 class Shrunk:
-    """plan: in terms of the original. network: cut, repaired, not yet trained. predicted_ms, measured_ms: of it."""
+    """recipe: what was done to the original. network: cut, repaired, not yet trained; its latency as predicted by the
+    table and as measured, in ms."""
 
-    plan: Plan
+    recipe: Recipe
     network: Network
     predicted_ms: float
     measured_ms: float
@@ -77,7 +78,7 @@ def shrink(
     _refuse_unreachable(anatomy, candidates, prices, original_ms, budget_ms)
     rounds = max(1, math.ceil(math.log(budget_ms / original_ms) / math.log(ROUND_SHARE) - 0.2))
     correction = original_ms / predicted_ms(anatomy, prices)
-    state = begin(original)
+    state = State(original)
     for step in range(1, rounds):
         progress(step - 1, rounds, "planning")
         judgement = judge(state.network, anatomy)
@@ -100,9 +101,8 @@ def shrink(
         correction=correction,
     )
     state = advance(state, fitted.plan, judgement.rankings)
-    final = finished_plan(original, state, fitted.plan)
     return Shrunk(
-        final,
+        state.recipe,
         repair(state.network),
         float(fitted.plan.predicted_ms or 0.0),
         fitted.measured_ms,
@@ -139,7 +139,7 @@ def _refuse_unreachable(
     floor_ms *= original_ms / predicted_ms(anatomy, prices)
     if floor_ms > budget_ms:
         raise BudgetUnreachableError(
-            f"no plan reaches {budget_ms:.4g} ms: with all blocks removed and all groups at their narrowest the network "
+            f"no plan reaches {budget_ms:.4g} ms: all blocks removed and all groups at their narrowest, the network "
             f"still takes {floor_ms:.4g} ms ({100 * floor_ms / original_ms:.0f}% of {original_ms:.4g} ms); "
             f"ask for --latency {math.ceil(100 * floor_ms / original_ms) + 1}% or more"
         )

@@ -1,4 +1,4 @@
-"""What a planner is asked and what it answers: Ranking, Problem, Plan. No torch here.
+"""What a planner is asked and what it answers: Ranking, Problem, Plan, Recipe. No torch here.
 
 Words
     group    channels that must be cut together; a *unit* of a group is the smallest set that can go on its own
@@ -95,7 +95,7 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How much of everything. Serialised as JSON and editable by hand.
+    """How much of everything, for one network.
 
     widths:  group name -> units kept (groups not named keep everything)
     keep:    group name -> the kept unit indices, sorted; empty until channels were chosen
@@ -109,34 +109,60 @@ class Plan:
     damage: float | None = None
     gap: float | None = None
 
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """Plans in the order they are applied, each made for the network that the one before it leaves.
+
+    One plan would not do: a cut can leave finer groups than it found (a grouped convolution with one channel left in
+    each group is a depthwise one), and the next plan may use them.
+    """
+
+    steps: tuple[Plan, ...]
+
+    @property
+    def removed(self) -> tuple[str, ...]:
+        return tuple(name for plan in self.steps for name in plan.removed)
+
     def to_json(self) -> str:
-        doc: dict[str, Any] = {
-            "version": PLAN_VERSION,
-            "widths": dict(self.widths),
-            "removed": list(self.removed),
-            "keep": {g: list(k) for g, k in self.keep.items()},
-            "predicted_ms": self.predicted_ms,
-            "damage": self.damage,
-            "gap": self.gap,
-        }
-        return json.dumps(doc, indent=1)
+        steps = [
+            {
+                "widths": dict(plan.widths),
+                "removed": list(plan.removed),
+                "keep": {g: list(k) for g, k in plan.keep.items()},
+                "predicted_ms": plan.predicted_ms,
+                "damage": plan.damage,
+                "gap": plan.gap,
+            }
+            for plan in self.steps
+        ]
+        return json.dumps({"version": PLAN_VERSION, "steps": steps}, indent=1)
 
     @staticmethod
-    def from_json(text: str) -> Plan:
-        """Raises UsageError when the text is not a plan."""
+    def from_json(text: str) -> Recipe:
+        """Raises UsageError when the text is no recipe."""
         try:
             doc = json.loads(text)
             if doc["version"] != PLAN_VERSION:
                 raise UsageError(f"plan has version {doc['version']}, this edgeprune reads version {PLAN_VERSION}")
-            return Plan(
-                widths={str(g): int(w) for g, w in doc["widths"].items()},
-                removed=tuple(str(b) for b in doc["removed"]),
-                keep={str(g): tuple(int(u) for u in k) for g, k in doc.get("keep", {}).items()},
-                predicted_ms=doc.get("predicted_ms"),
-                damage=doc.get("damage"),
-                gap=doc.get("gap"),
-            )
+            return Recipe(tuple(_plan(step) for step in doc["steps"]))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(
                 f"not a plan: {error!r}; expected the plan.json that `edgeprune compress` writes"
             ) from None
+
+
+def _plan(step: dict[str, Any]) -> Plan:
+    keep = {str(g): tuple(int(u) for u in k) for g, k in step.get("keep", {}).items()}
+    widths = {str(g): int(w) for g, w in step["widths"].items()}
+    wrong = [g for g, k in keep.items() if widths.get(g, len(k)) != len(k)]
+    if wrong:
+        raise UsageError(f"plan: group {wrong[0]} has width {widths[wrong[0]]} but keeps {len(keep[wrong[0]])} units")
+    return Plan(
+        widths=widths,
+        removed=tuple(str(b) for b in step["removed"]),
+        keep=keep,
+        predicted_ms=step.get("predicted_ms"),
+        damage=step.get("damage"),
+        gap=step.get("gap"),
+    )
