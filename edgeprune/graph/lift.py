@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from edgeprune.errors import UnsupportedModelError
+from edgeprune.errors import EdgepruneError, UnsupportedModelError
 from edgeprune.graph.network import BATCH_NORMS, CONV_TRANSPOSES, CONVS, Network, check
 
 aten = torch.ops.aten
@@ -35,10 +35,13 @@ _DROPOUT_OPS = {
 _NO_OPS = {aten.detach.default, aten.detach_.default, aten.alias.default, aten.lift_fresh_copy.default}
 
 
-def lift(module: nn.Module, input_shapes: Sequence[Sequence[int]], origin: str = "model") -> Network:
+def lift(
+    module: nn.Module, input_shapes: Sequence[Sequence[int]], origin: str = "model", strict: bool = True
+) -> Network:
     """Bring an ``nn.Module`` to the canonical form.
 
     input_shapes: one shape per input, batch in front (any value), e.g. [(1, 3, 224, 224)].
+    strict: whether a module that cannot be traced as it runs may be analysed as byte code (slower, sees branches)
     Raises UnsupportedModelError when ``torch.export`` cannot trace the module at these shapes.
     """
     shapes = tuple((1, *(int(d) for d in shape[1:])) for shape in input_shapes)
@@ -47,7 +50,7 @@ def lift(module: nn.Module, input_shapes: Sequence[Sequence[int]], origin: str =
     was_training = module.training
     module.eval()
     try:
-        program = export(module, shapes, origin)
+        program = export(module, shapes, origin, strict)
     finally:
         module.train(was_training)
     return lift_program(program, shapes, origin)
@@ -78,7 +81,9 @@ def _hint(size: Any) -> int:
     return int(size) if isinstance(size, int) else int(size.node.hint)
 
 
-def export(module: nn.Module, shapes: Sequence[Sequence[int]], origin: str) -> torch.export.ExportedProgram:
+def export(
+    module: nn.Module, shapes: Sequence[Sequence[int]], origin: str, strict: bool = True
+) -> torch.export.ExportedProgram:
     """``torch.export`` with batch, height and width dynamic if the model allows it, else the batch only.
 
     Raises UnsupportedModelError when the module cannot be traced at these shapes (one per input, batch in front).
@@ -90,9 +95,12 @@ def export(module: nn.Module, shapes: Sequence[Sequence[int]], origin: str) -> t
     batch = tuple({0: auto} for _ in shapes)
     error: Exception | None = None
     for dynamic in (spatial, batch):
-        for strict in (False, True):
+        for analysed in (False, True) if strict else (False,):
             try:
-                return torch.export.export(module, inputs, dynamic_shapes=_by_argument(module, dynamic), strict=strict)
+                arguments = _by_argument(module, dynamic)
+                return torch.export.export(module, inputs, dynamic_shapes=arguments, strict=analysed)
+            except EdgepruneError:
+                raise
             except Exception as e:  # torch.export raises many kinds; the last one is shown
                 error = error or e
     reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
@@ -260,6 +268,16 @@ class _Lifter:
             place(self.root, free, module)
             self.modules[key] = free
         return self.modules[key]
+
+
+def rename_inputs(module: fx.GraphModule, names: Sequence[str]) -> None:
+    """Give the inputs of a graph these names, as far as there are any, in place."""
+    placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
+    for node, name in zip(placeholders, names, strict=False):
+        if node.name != name:
+            node._rename(name)
+            node.target = node.name
+    module.recompile()
 
 
 def _is_check(target: Any) -> bool:

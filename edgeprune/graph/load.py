@@ -25,10 +25,11 @@ from edgeprune.errors import EdgepruneError, ModelFileError, UnsupportedModelErr
 from edgeprune.graph.archive import MAX_FILE_BYTES, Archive
 from edgeprune.graph.exported import is_exported, read_exported
 from edgeprune.graph.factory import build, fill
-from edgeprune.graph.lift import lift, lift_graph
+from edgeprune.graph.lift import lift, lift_graph, rename_inputs
 from edgeprune.graph.network import Network, shapes
 from edgeprune.graph.pickled import Thing, load_legacy, stored_tensors, unpickle
 from edgeprune.graph.recognise import describe, looks_like_onnx
+from edgeprune.graph.torchscript import ScriptNet, is_torchscript, read_torchscript, traced_shapes
 
 _NESTS = ("state_dict", "model_state_dict", "model", "net", "module", "params", "weights", "ema", "model_ema")
 _MAX_INPUT_VALUES = 1 << 28
@@ -103,8 +104,8 @@ def _load(path: Path, given: tuple[tuple[int, ...], ...] | None, factory: str | 
             if is_exported(archive):
                 graph, own = read_exported(archive, str(path))
                 return lift_graph(graph, _agreeing(given, own, path), str(path))
-            if "constants.pkl" in archive:
-                raise ModelFileError(f"{path}: TorchScript")
+            if is_torchscript(archive):
+                return _scripted(archive, path, given)
             if "data.pkl" not in archive:
                 raise ModelFileError(f"{path}: a zip archive, but no model; expected a file of {_FORMATS}")
             read = archive.read
@@ -118,6 +119,15 @@ def _load(path: Path, given: tuple[tuple[int, ...], ...] | None, factory: str | 
     else:
         raise ModelFileError(f"{path}: {describe(head)}; expected a file of {_FORMATS}")
     return _from_content(content, path, given, factory, trust)
+
+
+def _scripted(archive: Archive, path: Path, given: tuple[tuple[int, ...], ...] | None) -> Network:
+    model = read_torchscript(archive, str(path))
+    if given is None and (own := traced_shapes(archive)) is not None:
+        given = _checked_shapes(own)
+    network = _lifted(model, given, str(path))
+    rename_inputs(network.module, model.input_names())
+    return network
 
 
 def _head(path: Path) -> tuple[bytes, int]:
@@ -204,11 +214,12 @@ def _module(content: Any) -> nn.Module | None:
 
 def _conversion(path: Path, given: tuple[tuple[int, ...], ...] | None) -> str:
     shape = ", ".join(map(str, (2, *given[0][1:]) if given else (2, 3, 224, 224)))
-    return "python -c " + shlex.quote(
+    code = (
         f"import torch; m = torch.load({str(path)!r}, weights_only=False).eval(); "
         f"d = {{0: torch.export.Dim.AUTO}}; torch.export.save(torch.export.export(m, (torch.randn({shape}),), "
         f"dynamic_shapes=(d,)), {path.stem + '.pt2'!r})"
     )
+    return "python -c " + (shlex.quote(code) if set(code) & set('"$`\\!') else f'"{code}"')
 
 
 def _one_line(text: str, path: Path) -> str:
@@ -220,7 +231,7 @@ def _one_line(text: str, path: Path) -> str:
 def _lifted(module: nn.Module, given: tuple[tuple[int, ...], ...] | None, origin: str) -> Network:
     if given is None:
         raise UsageError(f"{origin}: does not say which input it takes; name it, for example --input 1x3x224x224")
-    return lift(module, given, origin)
+    return lift(module, given, origin, strict=not isinstance(module, ScriptNet))
 
 
 def _agreeing(
