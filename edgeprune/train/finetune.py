@@ -33,7 +33,7 @@ from edgeprune.train.teacher import Teacher
 
 SNAPSHOT_STEPS = 20  # how far a diverged run goes back
 MAX_ROLLBACKS = 8
-DIVERGED = 3.0  # times the loss of a constant answer
+DIVERGED = 3.0  # times the loss of a constant answer, or of the first step where that is larger
 EARLY = 0.1  # of a time limit: too soon to tell how fast the machine is
 _SMOOTH = 0.95
 
@@ -137,6 +137,7 @@ class _Run:
         self.schedule = Schedule(0, config.warmup)
         self.lr_scale = 1.0
         self.smoothed: float | None = None
+        self.first_loss = 0.0
         self.best: tuple[float, int, dict[str, torch.Tensor]] | None = None
         self._order: tuple[int, np.ndarray] | None = None
         self._views: tuple[int, Views | None] | None = None
@@ -170,6 +171,7 @@ class _Run:
                 self._back(good, loss)
                 pending = self._load(self.schedule.step)
                 continue
+            self.first_loss = self.first_loss or loss
             self.smoothed = loss if self.smoothed is None else _SMOOTH * self.smoothed + (1 - _SMOOTH) * loss
             self.schedule.advance()
             self._record(lr)
@@ -218,7 +220,7 @@ class _Run:
     def _diverged(self, loss: float) -> bool:
         if not math.isfinite(loss):
             return True
-        return self.smoothed is not None and self.smoothed > DIVERGED * self.constant_loss
+        return self.smoothed is not None and self.smoothed > DIVERGED * max(self.constant_loss, self.first_loss)
 
     def _back(self, good: dict[str, Any], loss: float) -> None:
         at = self.schedule.step
@@ -227,7 +229,7 @@ class _Run:
             _check_finite(x, self.data)
             raise EdgepruneError(
                 f"training diverged {MAX_ROLLBACKS + 1} times (loss {loss:g} at step {at}); "
-                "expected it to settle: give a smaller learning rate or --no-train"
+                "expected it to settle: give a smaller learning rate"
             )
         good["lr_scale"] = self.lr_scale * 0.5
         good["history"]["rollbacks"] = self.history.rollbacks + 1
@@ -366,6 +368,7 @@ class _Run:
                 "schedule": {k: getattr(self.schedule, k) for k in ("steps", "warmup", "step", "phase")},
                 "lr_scale": self.lr_scale,
                 "smoothed": self.smoothed,
+                "first_loss": self.first_loss,
                 "history": self.history.to_dict(),
             }
         )
@@ -377,7 +380,7 @@ class _Run:
         self.average = state["average"]
         self.best = None if state["best"] is None else tuple(state["best"])
         self.schedule = Schedule(**state["schedule"])
-        self.lr_scale, self.smoothed = state["lr_scale"], state["smoothed"]
+        self.lr_scale, self.smoothed, self.first_loss = state["lr_scale"], state["smoothed"], state["first_loss"]
         self.history = History(**state["history"])
         if self.teacher is not None and "teacher" in state:
             self.teacher.load(state["teacher"])

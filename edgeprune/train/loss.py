@@ -88,9 +88,11 @@ class Objective:
         loss = math.log(self.classes) if self.labels and self.classes else 0.0
         if not self.distil:
             return loss
-        constant = tuple(o.mean(0, keepdim=True).expand_as(o) for o in sample)
-        distances = [self._distance(k, c, o) for k, c, o in zip(self.kinds, constant, sample, strict=True)]
-        return max(loss, *(float(d) for d in distances), 1e-6)
+        distances = [
+            1.0 if kind == "values" else float(self._distance(kind, o.mean(0, keepdim=True).expand_as(o), o))
+            for kind, o in zip(self.kinds, sample, strict=True)
+        ]
+        return max(loss, *distances)
 
     def _distance(self, kind: str, s: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         if kind == "values":

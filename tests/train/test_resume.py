@@ -1,0 +1,77 @@
+"""kill -9 in the middle, the same command again: it goes on where it was and ends with the same bits."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from training_job import run
+
+from edgeprune.errors import UsageError
+
+JOB = Path(__file__).with_name("training_job.py")
+LENGTHLESS = {"ema": 0.9, "augment": "crop", "teacher_views": 3, "label_weight": 0.3}
+SETTINGS = {**LENGTHLESS, "epochs": 8}
+
+
+def start(folder, settings):
+    arguments = [sys.executable, str(JOB), str(folder / "run.pt"), str(folder / "run.json"), json.dumps(settings)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True, env=environment)
+
+
+def finish(folder, settings):
+    with start(folder, settings) as process:
+        process.communicate(timeout=100)
+    assert process.returncode == 0
+    return json.loads((folder / "run.json").read_text())
+
+
+def kill_at(folder, settings, step, pause_s=0.01):
+    """Start, and kill -9 once so many steps were reported; -> the number of steps that the run has."""
+    with start(folder, {**settings, "pause_s": pause_s}) as process:
+        for line in process.stdout:
+            done, steps = (int(n) for n in line.split())
+            if done >= step:
+                process.send_signal(signal.SIGKILL)
+                break
+        process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    return steps
+
+
+def assert_same(a, b):
+    keys = ("fingerprint", "losses", "validation", "selected_step", "steps", "rollbacks")
+    a, b = (json.dumps([doc[k] for k in keys]) for doc in (a, b))
+    assert a == b
+
+
+def test_killed_twice_ends_with_the_same_bits(tmp_path):
+    whole = run(tmp_path / "whole.pt", SETTINGS)
+    assert (whole["steps"], whole["resumed_from"]) == (96, 0)
+    kill_at(tmp_path, SETTINGS, 29)
+    with pytest.raises(UsageError, match="other settings"):  # another command does not go on with it
+        run(tmp_path / "run.pt", {**SETTINGS, "lr": 0.01})
+    kill_at(tmp_path, SETTINGS, 68)
+    resumed = finish(tmp_path, SETTINGS)
+    assert resumed["resumed_from"] in (60, 80)
+    assert_same(resumed, whole)
+    again = run(tmp_path / "run.pt", SETTINGS)  # a finished run is not repeated
+    assert again["resumed_from"] == 96
+    assert_same(again, whole)
+
+
+def test_killed_under_a_time_limit_keeps_its_number_of_steps(tmp_path):
+    settings = {**LENGTHLESS, "minutes": 0.05}
+    steps = kill_at(tmp_path, settings, 30, pause_s=1e-6)
+    assert torch.load(tmp_path / "run.pt", weights_only=True)["schedule"]["steps"] == steps > 40
+    resumed = finish(tmp_path, settings)
+    assert resumed["resumed_from"] >= 20
+    if resumed["notes"]:
+        assert "slower" in resumed["notes"][0]
+        pytest.skip("the machine turned slow during the run, which shortened it")
+    assert_same(resumed, run(tmp_path / "whole.pt", {**LENGTHLESS, "steps": steps}))
