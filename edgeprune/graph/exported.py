@@ -43,8 +43,12 @@ def is_exported(archive: Archive) -> bool:
     return _OLD_PROGRAM in archive or "archive_format" in archive or any(n.startswith("models/") for n in archive.names)
 
 
-def read_exported(archive: Archive, origin: str) -> tuple[fx.GraphModule, list[tuple[int, ...]]]:
-    """The flat graph and the shapes its inputs were exported with (as ``lift_graph`` takes them).
+Flat = tuple[fx.GraphModule, list[tuple[int, ...]], int | None]
+
+
+def read_exported(archive: Archive, origin: str) -> Flat:
+    """The flat graph, the shapes its inputs were exported with, and the batch size if it is fixed (as ``lift_graph``
+    takes them).
 
     Raises ModelFileError for a damaged archive, UnsupportedModelError for a graph that holds more than tensors in,
     allowed ATen operators, tensors out.
@@ -129,8 +133,9 @@ class _Builder:
         self.graph = fx.Graph()
         self.values: dict[str, Any] = {}
         self.shapes: list[tuple[int, ...]] = []
+        self.baked: int | None = None
 
-    def build(self) -> tuple[fx.GraphModule, list[tuple[int, ...]]]:
+    def build(self) -> Flat:
         for spec in self.signature["input_specs"]:
             ((kind, content),) = spec.items()
             self.input(kind, content)
@@ -142,7 +147,7 @@ class _Builder:
             if "user_output" in spec
         ]
         self.graph.output(tuple(o for o in outputs if o is not None))
-        return fx.GraphModule(self.root, self.graph), self.shapes
+        return fx.GraphModule(self.root, self.graph), self.shapes, self.baked
 
     def input(self, kind: str, content: Mapping[str, Any]) -> None:
         if kind == "user_input":
@@ -154,7 +159,10 @@ class _Builder:
                     f"{self.origin}: an input of the exported model is no tensor; export it with tensor inputs only"
                 )
             name = checked_name(str(arg["as_tensor"]["name"]), self.origin)
-            self.shapes.append(tuple(_size(s) for s in self.json["tensor_values"][name]["sizes"]))
+            sizes = self.json["tensor_values"][name]["sizes"]
+            if not self.shapes and sizes and "as_int" in sizes[0]:
+                self.baked = int(sizes[0]["as_int"])
+            self.shapes.append(tuple(_size(s) for s in sizes))
             self.values[name] = self.graph.placeholder(name)
         elif kind in ("parameter", "buffer", "tensor_constant"):
             path = checked_path(str(content[f"{kind}_name"]), self.origin)

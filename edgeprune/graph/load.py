@@ -30,6 +30,7 @@ from edgeprune.graph.network import Network, shapes
 from edgeprune.graph.pickled import Thing, load_legacy, stored_tensors, unpickle
 from edgeprune.graph.recognise import describe, looks_like_onnx
 from edgeprune.graph.torchscript import ScriptNet, is_torchscript, read_torchscript, traced_shapes
+from edgeprune.graph.trace import export, quiet
 
 _NESTS = ("state_dict", "model_state_dict", "model", "net", "module", "params", "weights", "ema", "model_ema")
 _MAX_INPUT_VALUES = 1 << 28
@@ -87,13 +88,11 @@ def save(network: Network, path: str | Path) -> None:
     ``torch.export.load(path).module()`` is the torch module again, under the same weight names and ready for training;
     ``load(path)`` is the network again. Raises UnsupportedModelError when it cannot be exported.
     """
-    from edgeprune.graph.lift import export
-
     program = export(network.module, network.input_shapes, network.origin)
     for node in program.graph.nodes:  # where a line of someone's code lay is nobody's business
         node.meta.pop("stack_trace", None)
     path = Path(path)
-    with path.open("wb") as file:
+    with path.open("wb") as file, quiet():
         torch.export.save(program, file)
 
 
@@ -102,8 +101,8 @@ def _load(path: Path, given: tuple[tuple[int, ...], ...] | None, factory: str | 
     if head.startswith((b"PK\x03\x04", b"PK\x05\x06", b"PK\x06\x06")):
         with Archive.open(path) as archive:
             if is_exported(archive):
-                graph, own = read_exported(archive, str(path))
-                return lift_graph(graph, _agreeing(given, own, path), str(path))
+                graph, own, baked = read_exported(archive, str(path))
+                return lift_graph(graph, _agreeing(given, own, path), str(path), baked)
             if is_torchscript(archive):
                 return _scripted(archive, path, given)
             if "data.pkl" not in archive:

@@ -57,7 +57,7 @@ class Network:
 
 def shapes(network: Network, batch: int = 1) -> dict[str, tuple[int, ...]]:
     """Node name -> shape of its output, by one run on the meta device; nodes that return no tensor are left out."""
-    meta = copy.deepcopy(network.module).to("meta")
+    meta = _without_values(network.module)
     dtype = next((p.dtype for p in meta.parameters() if p.is_floating_point()), torch.float32)
     recorder = _ShapeRecorder(meta)
     with torch.no_grad():
@@ -71,14 +71,29 @@ class _ShapeRecorder(fx.Interpreter):
         self.shapes: dict[str, tuple[int, ...]] = {}
 
     def run_node(self, n: fx.Node):  # type: ignore[no-untyped-def]
-        kwargs = dict(n.kwargs)
-        if kwargs.get("device") is not None:  # factory calls carry the device they were exported on
+        if _makes_a_tensor(n):  # factory calls would allocate, on the device they were exported on
             n = copy.copy(n)
-            n._kwargs = {**kwargs, "device": torch.device("meta")}  # type: ignore[attr-defined]
+            n._kwargs = {**n.kwargs, "device": torch.device("meta")}  # type: ignore[attr-defined]
         result = super().run_node(n)
         if isinstance(result, torch.Tensor):
             self.shapes[n.name] = tuple(int(s) for s in result.shape)
         return result
+
+
+def _without_values(module: fx.GraphModule) -> fx.GraphModule:
+    """A copy on the meta device, made without copying a weight."""
+    memo: dict[int, torch.Tensor] = {id(b): torch.empty_like(b, device="meta") for b in module.buffers()}
+    memo.update({id(p): nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad) for p in module.parameters()})
+    return copy.deepcopy(module, memo).to("meta")
+
+
+def _makes_a_tensor(node: fx.Node) -> bool:
+    if node.kwargs.get("device") is not None:
+        return True
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not any(a.name == "device" for a in schema.arguments):
+        return False
+    return not any(isinstance(a.type, torch.TensorType) for a in schema.arguments)
 
 
 def check(network: Network) -> None:
