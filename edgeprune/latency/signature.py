@@ -19,9 +19,11 @@ GLOBAL_POOLS = ("GlobalAveragePool", "GlobalMaxPool")
 RESHAPES = ("Reshape", "Flatten", "Squeeze", "Unsqueeze")  # one kernel for the runtime: a copy, or nothing
 
 _VALUES_ONLY = frozenset(
-    ("alpha", "beta", "gamma", "epsilon", "momentum", "value", "lambd", "bias", "min", "max")
-    + ("allowzero", "training_mode", "seed", "extrapolation_value", "cubic_coeff_a", "exclude_outside", "spatial")
-    + ("auto_pad", "num_outputs", "output_shape", "output_padding", "transB", "storage_order", "stash_type", "to")
+    (
+        *("alpha", "beta", "gamma", "epsilon", "momentum", "value", "lambd", "bias", "min", "max", "allowzero"),
+        *("training_mode", "seed", "extrapolation_value", "cubic_coeff_a", "exclude_outside", "spatial", "auto_pad"),
+        *("num_outputs", "output_shape", "output_padding", "transB", "storage_order", "stash_type", "to"),
+    )
 )
 
 

@@ -1,0 +1,128 @@
+"""profile(): measure the kernels a table lacks, in batches, each written down before the next begins.
+
+Kernels of like cost share a batch, so that small ones get many runs. A batch whose reference kernel was slow (another
+process on the machine) is repeated; a batch that fails is halved until the kernel at fault is alone, and that one gets
+a row saying so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from edgeprune.device.device import DeviceLostError, PipeDevice
+from edgeprune.errors import TableError
+from edgeprune.latency.kernel import Kernel
+from edgeprune.latency.measure import KernelsFailedError, measure_batch
+from edgeprune.latency.micro import weight_bytes
+from edgeprune.latency.table import LatencyTable, Measurement, now
+
+BATCH_KERNELS = 32
+BATCH_BYTES = 96 << 20
+MACS_PER_MS = 6e7  # only for the size of batches
+BYTES_PER_MS = 8e6
+
+
+@dataclass(slots=True)
+class SweepStats:
+    """Counts of one sweep; ``known`` kernels were in the table already."""
+
+    known: int = 0
+    measured: int = 0
+    failed: int = 0
+    batches: int = 0
+    repeated: int = 0
+
+
+Progress = Callable[[int, int], None]  # (kernels done, kernels to do)
+
+
+def profile(
+    device: PipeDevice, table: LatencyTable, kernels: Sequence[Kernel], progress: Progress | None = None
+) -> SweepStats:
+    """Measure the kernels that have no row yet; after a crash the same call goes on where it was.
+
+    Raises TableError when the table belongs to another device, DeviceLostError when the device fails again and again.
+    """
+    if table.fingerprint != device.fingerprint:
+        raise TableError(f"{table.path} belongs to another device or runtime version; open that device's own table")
+    table.reload()
+    unique = {kernel.key(): kernel for kernel in kernels}
+    missing = table.missing(list(unique.values()))
+    stats = SweepStats(known=len(unique) - len(missing))
+    sweep = _Sweep(device, table, stats)
+    done = 0
+    for batch in batches(missing, device.target.protocol.batch_ms):
+        fresh = table.missing(batch)  # another process may have measured it meanwhile
+        if fresh:
+            sweep.measure(fresh)
+        done += len(batch)
+        if progress is not None:
+            progress(done, len(missing))
+    return stats
+
+
+def expected_ms(kernel: Kernel) -> float:
+    """A rough guess, for batching and time limits only."""
+    elements = sum(math.prod(shape) for shape in kernel.inputs) + math.prod(kernel.output)
+    per_output = weight_bytes(kernel) / 4 / max(1, kernel.output[1] if len(kernel.output) > 1 else 1)
+    return per_output * math.prod(kernel.output) / MACS_PER_MS + 4 * elements / BYTES_PER_MS + 0.01
+
+
+def batches(kernels: Sequence[Kernel], batch_ms: float) -> list[list[Kernel]]:
+    """Kernels of like cost together, at most ``batch_ms`` a run by the guess."""
+    result: list[list[Kernel]] = []
+    spent = size = math.inf
+    for kernel in sorted(kernels, key=lambda k: (expected_ms(k), k)):
+        cost, weight = expected_ms(kernel), weight_bytes(kernel)
+        if spent + cost > batch_ms or size + weight > BATCH_BYTES or len(result[-1]) >= BATCH_KERNELS:
+            result.append([])
+            spent, size = 0.0, 0.0
+        result[-1].append(kernel)
+        spent += cost
+        size += weight
+    return result
+
+
+class _Sweep:
+    def __init__(self, device: PipeDevice, table: LatencyTable, stats: SweepStats):
+        self.device = device
+        self.table = table
+        self.stats = stats
+        self.best_ref = math.inf
+        self.lost = 0
+
+    def measure(self, batch: list[Kernel]) -> None:
+        try:
+            rows = self.steady(batch)
+        except (KernelsFailedError, DeviceLostError, TableError) as error:
+            self.lost += isinstance(error, DeviceLostError)
+            if self.lost > 20:
+                raise
+            if len(batch) > 1:
+                half = len(batch) // 2
+                self.measure(batch[:half])
+                self.measure(batch[half:])
+                return
+            rows = [Measurement(batch[0].key(), error=str(error), time=now())]
+            self.stats.failed += 1
+        else:
+            self.stats.measured += len(rows)
+        self.table.append(rows)
+
+    def steady(self, batch: list[Kernel]) -> list[Measurement]:
+        """The batch's rows from the attempt with the fastest reference."""
+        protocol = self.device.target.protocol
+        cost = sum(expected_ms(kernel) for kernel in batch)
+        best: list[Measurement] = []
+        for attempt in range(1 + protocol.repeats):
+            rows = measure_batch(self.device, batch, cost)
+            self.stats.batches += 1
+            self.stats.repeated += attempt > 0
+            if not best or rows[0].ref_ms < best[0].ref_ms:
+                best = rows
+            self.best_ref = min(self.best_ref, best[0].ref_ms)
+            if best[0].ref_ms <= self.best_ref * (1 + protocol.drift):
+                break
+        return best
