@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from edgeprune.errors import BudgetUnreachableError, UsageError
+from edgeprune.errors import BudgetUnreachableError, TableError, UsageError
 from edgeprune.plan.eliminate import Elimination, TooWideError
 from edgeprune.plan.factors import Model, build
 from edgeprune.plan.improve import Improver
@@ -29,8 +29,9 @@ SLACK = 1e-9  # relative: a sum of latencies this little above the budget is rou
 
 
 def evaluate(problem: Problem, widths: Mapping[str, int], removed: Iterable[str] = ()) -> tuple[float, float]:
-    """Latency in ms and damage of a plan; groups not named keep everything. Raises UsageError for a width that is no
-    candidate or a block that does not exist, TableError (KeyError of the table) never for candidate widths."""
+    """Latency in ms and damage of a plan; groups not named keep everything, groups of removed blocks do not matter.
+
+    Raises UsageError for a width that is no candidate or a name that does not exist, TableError for a missing count."""
     out = set(removed)
     unknown = out - {b.name for b in problem.blocks} or set(widths) - {g.name for g in problem.groups}
     if unknown:
@@ -45,11 +46,13 @@ def evaluate(problem: Problem, widths: Mapping[str, int], removed: Iterable[str]
         chosen[i] = width
         if group.block is None or not dead[group.block]:
             damage.append(group.damage[group.widths.index(width)])
-    latency = [
-        term.latency_ms[tuple(axis.at(chosen) for axis in term.axes)]
-        for term in problem.terms
-        if term.block is None or not dead[term.block]
-    ]
+    latency = []
+    for term in problem.terms:
+        if term.block is None or not dead[term.block]:
+            count = tuple(axis.at(chosen) for axis in term.axes)
+            if count not in term.latency_ms:
+                raise TableError(f"term {term.name} has no latency for channel counts {count}: run `edgeprune profile`")
+            latency.append(term.latency_ms[count])
     return math.fsum(latency), math.fsum(damage)
 
 

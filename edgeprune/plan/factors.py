@@ -295,5 +295,5 @@ def _check_missing(
     if missing:
         raise TableError(
             f"term {term.name} has no latency for channel counts {missing[0]} ({len(missing)} counts are missing); "
-            "a table must be complete over the candidate widths: run `edgeprune profile` again"
+            "a table must be complete over the candidate widths: run `edgeprune profile`"
         )

@@ -9,9 +9,15 @@ is the mass of the pairs that make it, so it needs no binary either.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import math
+import os
+import sys
+import threading
 import time
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +35,26 @@ class Answer:
 
     bound: float
     states: np.ndarray | None
+
+
+_STDOUT = threading.Lock()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """HiGHS 1.12 prints a line of its own to the process's standard output now and then (HiGHS issue 2783), which
+    would end up amid JSON: meanwhile that is standard error."""
+    with _STDOUT, contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError, AttributeError, ValueError):
+            sys.stdout.flush()
+            flush = ctypes.CDLL(None).fflush if os.name == "posix" else lambda _: None
+            saved = os.dup(1)
+            stack.callback(os.close, saved)
+            flush(None)
+            os.dup2(2, 1)
+            stack.callback(os.dup2, saved, 1)
+            stack.callback(flush, None)
+        yield
 
 
 class _Rows:
@@ -134,7 +160,7 @@ def solve_milp(
             kept = model.variables[switch[0]].states == 0
             if not kept.any():
                 continue
-            table = table[..., np.argmax(kept)]
+            table = table.take(int(np.argmax(kept)), axis=scope.index(switch[0]))
         table = table[tuple(slice(live(i)) for i in outer)]
         if not outer:
             charge(one_hot[switch[0]][kept], table[None])
@@ -168,8 +194,8 @@ def solve_milp(
     else:
         objective, constant = damage, 0.0
         left_ms = model.budget_ms - model.constant_ms
-        unit = SCALE / max(abs(left_ms), 1e-12)
         used = np.flatnonzero(latency)
+        unit = SCALE / max(abs(left_ms), 1e-3 * float(np.abs(latency).max(initial=0.0)), 1e-12)
         rows.put(rows.rows(1, -math.inf, left_ms * unit), used, latency[used] * unit)
     finite = objective[(objective > 0) & (objective <= cutoff)]
     unit = SCALE / (cutoff if math.isfinite(cutoff) and cutoff > 0 else float(finite.max()) if len(finite) else 1.0)
@@ -185,7 +211,7 @@ def solve_milp(
         "mip_abs_gap": 1e-7,
         "parallel": threads > 1,
     }
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _quiet():
         warnings.simplefilter("ignore", RuntimeWarning)  # scipy hands options it does not know to HiGHS, with a warning
         warnings.simplefilter("ignore", OptimizeWarning)
         result = milp(
@@ -195,7 +221,7 @@ def solve_milp(
             constraints=LinearConstraint(matrix, np.array(rows.low), np.array(rows.high)),
             options=options,
         )
-    if result.status == 2:
+    if any(f"Status {n}:" in result.message for n in (8, 9)):  # infeasible; scipy's 2 is also a model HiGHS refuses
         return Answer(math.inf, None)
     dual = getattr(result, "mip_dual_bound", None)
     bound = -math.inf if dual is None or not math.isfinite(dual) else (float(dual) - 1e-6) / unit + constant
