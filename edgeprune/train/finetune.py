@@ -8,7 +8,6 @@ with the same number of threads. A run under a time limit fixes its number of st
 from __future__ import annotations
 
 import copy
-import hashlib
 import math
 import time
 from collections.abc import Callable
@@ -20,21 +19,21 @@ import numpy as np
 import torch
 from torch import nn
 
-from edgeprune.errors import DataError, EdgepruneError
-from edgeprune.graph.network import BATCH_NORMS
+from edgeprune.errors import EdgepruneError
 from edgeprune.train import checkpoint
 from edgeprune.train.augment import Views, chosen
 from edgeprune.train.config import History, Progress, TrainConfig
 from edgeprune.train.dataset import Batch, DataSet
 from edgeprune.train.evaluate import device_of, evaluate
 from edgeprune.train.loss import Objective, Outputs, as_outputs, check_labels
-from edgeprune.train.schedule import TOLERANCE, Schedule, steps_within
+from edgeprune.train.modules import check_finite, identity_of, optimizer_for, place, training_mode
+from edgeprune.train.pace import Pace
+from edgeprune.train.schedule import Schedule
 from edgeprune.train.teacher import Teacher
 
 SNAPSHOT_STEPS = 20  # how far a diverged run goes back
 MAX_ROLLBACKS = 8
 DIVERGED = 3.0  # times the loss of a constant answer, or of the first step where that is larger
-EARLY = 0.1  # of a time limit: too soon to tell how fast the machine is
 _SMOOTH = 0.95
 
 
@@ -73,22 +72,6 @@ def finetune(
             student.eval()
 
 
-def place(module: nn.Module, device: torch.device, memory_format: torch.memory_format) -> None:
-    """Move a module, its 4-d weights to a memory format, and the devices baked into the calls of its graph."""
-    module.to(device=device)
-    for tensor in (*module.parameters(), *module.buffers()):
-        if tensor.dim() == 4:
-            tensor.data = tensor.data.contiguous(memory_format=memory_format)
-    graph = getattr(module, "graph", None)
-    changed = False
-    for node in graph.nodes if graph is not None else ():
-        if node.kwargs.get("device") is not None and torch.device(node.kwargs["device"]) != device:
-            node.kwargs = {**node.kwargs, "device": device}
-            changed = True
-    if changed:
-        module.recompile()  # type: ignore[operator]
-
-
 class _Run:
     def __init__(
         self,
@@ -103,11 +86,11 @@ class _Run:
     ):
         self.student, self.data, self.config, self.device, self.path = student, data, config, device, path
         self.validation = validation if validation is not None and validation.labelled else None
-        self.identity = _identity(student, teacher, data, config)
+        self.identity = identity_of(student, teacher, data, config)
         self.batch_size = min(config.batch_size, len(data))
         self.per_epoch = len(data) // self.batch_size
         self.history = History()
-        self.elapsed_before, self.started = 0.0, started
+        self.pace = Pace(config, started)
         self.loader = ThreadPoolExecutor(1)
         self.format = torch.channels_last if len(data.input_shape) == 4 else torch.contiguous_format
         place(student, device, self.format)
@@ -116,7 +99,7 @@ class _Run:
             teacher.eval()
 
         x, _ = data.batch(data.order(config.seed)[: max(2, min(512, len(data)))])
-        _check_finite(x, data)
+        check_finite(x, data)
         judge = teacher if teacher is not None else student.eval()
         sample = self._outputs(judge, x)
         self.objective = Objective(config, sample, data.labelled, teacher is not None, data.name)
@@ -132,7 +115,7 @@ class _Run:
             self.history.notes.append(note)
         views = config.teacher_views if self.augment else 1
         self.teacher = None if teacher is None else Teacher(teacher, len(data), views, sample)
-        self.optimizer = _optimizer(student, config)
+        self.optimizer = optimizer_for(student, config)
         self.average = copy.deepcopy(self._weights()) if config.ema is not None else None
         self.schedule = Schedule(0, config.warmup)
         self.lr_scale = 1.0
@@ -148,8 +131,7 @@ class _Run:
         saved = checkpoint.load(self.path, self.identity) if self.path is not None else None
         if saved is not None:
             self._restore(saved)
-            self.elapsed_before = saved["elapsed_s"]
-            self.started = time.monotonic()
+            self.pace.go_on(saved["elapsed_s"], saved["evaluation_s"])
             self.history.resumed_from = self.schedule.step
             if saved["done"]:
                 return self.history
@@ -159,9 +141,8 @@ class _Run:
         good, pending, saved_at = self._state(), self._load(self.schedule.step), time.monotonic()
         if saved is None and self.path is not None:
             self._save(good)
-        begun, first = time.monotonic(), self.schedule.step
         while not self.schedule.done:
-            step = self.schedule.step
+            step, begun = self.schedule.step, time.monotonic()
             batch = pending.result()
             if step + 1 < self.schedule.steps:
                 pending = self._load(step + 1)
@@ -174,14 +155,14 @@ class _Run:
             self.first_loss = self.first_loss or loss
             self.smoothed = loss if self.smoothed is None else _SMOOTH * self.smoothed + (1 - _SMOOTH) * loss
             self.schedule.advance()
-            self._record(lr)
-            step_s = (time.monotonic() - begun) / max(1, self.schedule.step - first)
+            self.pace.took(time.monotonic() - begun)
+            self._record()
             if progress is not None:
-                left = step_s * (self.schedule.steps - self.schedule.step)
-                done = self.schedule
-                progress(Progress(done.step, done.steps, self.smoothed, lr, self._elapsed(), left))
+                left_s = self.pace.left_s(self.schedule)
+                progress(Progress(step + 1, self.schedule.steps, self.smoothed, lr, self.pace.elapsed(), left_s))
             if self.schedule.step % SNAPSHOT_STEPS == 0 and not self.schedule.done:
-                self._keep_within_limit(step_s)
+                note = self.pace.keep_within_limit(self.schedule)
+                self.history.notes += [note] if note else []
                 good = self._state()
                 if self.path is not None and time.monotonic() - saved_at >= self.config.checkpoint_s:
                     self._save(good)
@@ -197,7 +178,7 @@ class _Run:
         positions, view = self._positions(step)
         torch.manual_seed((self.config.seed << 32) + step)  # dropout
         answers = None if self.teacher is None else self.teacher.answer(x, view, positions)
-        _training_mode(module, self.config.batch_norm)
+        training_mode(module, self.config.batch_norm)
         loss = self.objective(as_outputs(module(x)), answers, y)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -226,7 +207,7 @@ class _Run:
         at = self.schedule.step
         if self.history.rollbacks >= MAX_ROLLBACKS:
             x, _ = self.data.batch(self._positions(at)[0])
-            _check_finite(x, self.data)
+            check_finite(x, self.data)
             raise EdgepruneError(
                 f"training diverged {MAX_ROLLBACKS + 1} times (loss {loss:g} at step {at}); "
                 "expected it to settle: give a smaller learning rate"
@@ -239,19 +220,20 @@ class _Run:
         ]
         self._restore(good)
 
-    def _record(self, lr: float) -> None:
+    def _record(self) -> None:
         step, steps = self.schedule.step, self.schedule.steps
         if self.smoothed is not None and (step * 100 // steps != (step - 1) * 100 // steps):
             self.history.losses.append((step, self.smoothed))
-        if self.config.evaluations and step < steps:
-            due = [steps * (i + 1) // (self.config.evaluations + 1) for i in range(self.config.evaluations)]
-            if step in due:
-                self._evaluate()
+        parts = self.config.evaluations + 1
+        if step < steps and step * parts // steps != (step - 1) * parts // steps:
+            self._evaluate()
 
     def _evaluate(self) -> None:
         if self.validation is None:
             return
+        begun = time.monotonic()
         accuracy = evaluate(self.student, self.validation)
+        self.pace.evaluation_s = time.monotonic() - begun
         if accuracy is None:
             self.validation = None
             return
@@ -269,7 +251,7 @@ class _Run:
             self.student.load_state_dict(self.best[2])
         self.history.steps = self.schedule.step
         self.history.epochs = self.schedule.step / self.per_epoch
-        self.history.seconds = self._elapsed()
+        self.history.seconds = self.pace.elapsed()
         self.history.images_per_s = self.schedule.step * self.batch_size / max(self.history.seconds, 1e-9)
         if self.path is not None:
             self.optimizer.state.clear()
@@ -286,20 +268,13 @@ class _Run:
             return max(1, int(config.steps))
         if config.minutes is None:
             return max(1, round((config.epochs if config.epochs is not None else 5) * self.per_epoch))
-        asked_s, remembered_s = self._step_times()
-        evaluation_s = 0.0
-        if self.validation is not None:
-            begun = time.monotonic()
-            evaluate(self.student, self.validation)
-            evaluation_s = (time.monotonic() - begun) * (config.evaluations + 1)
         views = self.teacher.views if self.teacher is not None else 0
-        left = config.minutes * 60 - self._elapsed() - evaluation_s
-        return steps_within(left, asked_s, remembered_s, views * self.per_epoch if views else None)
+        return self.pace.steps(*self._step_times(), views * self.per_epoch if views else None)
 
     def _step_times(self) -> tuple[float, float]:
         """Seconds of a step with and without asking the original, medians over a few steps on copies."""
         module = copy.deepcopy(self.student)
-        optimizer = _optimizer(module, self.config)
+        optimizer = optimizer_for(module, self.config)
         times: tuple[list[float], list[float]] = ([], [])
         for i in range(6):
             step = i % self.per_epoch
@@ -308,28 +283,11 @@ class _Run:
                     self.teacher.load([])
                 begun = time.monotonic()
                 self._step(module, optimizer, self._load(step).result(), step, 0.0)
-                if self.device.type == "cuda":
-                    torch.cuda.synchronize()
                 times[remembered].append(time.monotonic() - begun)
         if self.teacher is not None:
             self.teacher.load([])
         asked = float(np.median(times[0][1:]))
         return asked, min(asked, float(np.median(times[1][1:]))) if times[1] else asked
-
-    def _keep_within_limit(self, step_s: float) -> None:
-        if self.config.minutes is None or self._elapsed() < EARLY * self.config.minutes * 60:
-            return
-        left_s = self.config.minutes * 60 - self._elapsed()
-        remaining = self.schedule.steps - self.schedule.step
-        if remaining * step_s > left_s + TOLERANCE * self.config.minutes * 60:
-            steps = self.schedule.step + max(1, int(left_s / step_s))
-            self.history.notes.append(
-                f"the machine became slower than measured: {steps} steps instead of {self.schedule.steps}"
-            )
-            self.schedule.steps = steps
-
-    def _elapsed(self) -> float:
-        return self.elapsed_before + time.monotonic() - self.started
 
     # --- batches ------------------------------------------------------------------------------------------------
 
@@ -387,47 +345,8 @@ class _Run:
 
     def _save(self, state: dict[str, Any], done: bool = False) -> None:
         assert self.path is not None
-        extra = {"identity": self.identity, "done": done, "elapsed_s": self._elapsed()}
+        extra = {"identity": self.identity, "done": done, "elapsed_s": self.pace.elapsed()}
+        extra["evaluation_s"] = self.pace.evaluation_s
         if self.teacher is not None:
             extra["teacher"] = self.teacher.state()
         checkpoint.save(self.path, {**state, **extra})
-
-
-def _optimizer(module: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """Nesterov SGD; what multiplies activations decays, what shifts or scales them (norms, biases) does not."""
-    parameters = [p.requires_grad_(True) for p in module.parameters() if p.is_floating_point()]
-    return torch.optim.SGD(
-        [
-            {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
-            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-        ],
-        lr=config.lr,
-        momentum=config.momentum,
-        nesterov=config.momentum > 0,
-    )
-
-
-def _training_mode(module: nn.Module, batch_norm: str) -> None:
-    module.train()
-    if batch_norm == "frozen":
-        for child in module.modules():
-            if isinstance(child, BATCH_NORMS):
-                child.eval()
-
-
-def _identity(student: nn.Module, teacher: nn.Module | None, data: DataSet, config: TrainConfig) -> str:
-    """Of a run: a checkpoint with another one is not gone on with. The student counts by its shapes (its weights are
-    in the checkpoint), the original by its weights."""
-    digest = hashlib.sha256(config.digest().encode())
-    for name, tensor in student.state_dict().items():
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-    for name, tensor in teacher.state_dict().items() if teacher is not None else ():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    digest.update(f"{len(data)} {data.input_shape} {data.labelled} {data.normalisation}".encode())
-    return digest.hexdigest()[:32]
-
-
-def _check_finite(x: torch.Tensor, data: DataSet) -> None:
-    if not torch.isfinite(x).all():
-        raise DataError(f"{data.name}: samples hold numbers that are not finite (NaN or infinity)")

@@ -6,7 +6,6 @@ import math
 from dataclasses import dataclass
 
 RESERVE = 0.04  # of a time limit, for what was not measured
-TOLERANCE = 0.03  # a time limit that is about to be passed by more than this gets a shorter schedule
 
 
 @dataclass(slots=True)

@@ -13,7 +13,8 @@ from edgeprune.graph.lift import lift
 from edgeprune.train.config import TrainConfig
 from edgeprune.train.dataset import DataSet
 from edgeprune.train.evaluate import agreement, evaluate, output_error
-from edgeprune.train.finetune import finetune, place
+from edgeprune.train.finetune import finetune
+from edgeprune.train.modules import place
 
 QUICK = {"batch_size": 16, "lr": 0.05, "augment": "none"}
 

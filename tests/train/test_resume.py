@@ -31,9 +31,9 @@ def finish(folder, settings):
     return json.loads((folder / "run.json").read_text())
 
 
-def kill_at(folder, settings, step, pause_s=0.01):
+def kill_at(folder, settings, step):
     """Start, and kill -9 once so many steps were reported; -> the number of steps that the run has."""
-    with start(folder, {**settings, "pause_s": pause_s}) as process:
+    with start(folder, {**settings, "pause_s": 0.01}) as process:
         for line in process.stdout:
             done, steps = (int(n) for n in line.split())
             if done >= step:
@@ -66,12 +66,9 @@ def test_killed_twice_ends_with_the_same_bits(tmp_path):
 
 
 def test_killed_under_a_time_limit_keeps_its_number_of_steps(tmp_path):
-    settings = {**LENGTHLESS, "minutes": 0.05}
-    steps = kill_at(tmp_path, settings, 30, pause_s=1e-6)
-    assert torch.load(tmp_path / "run.pt", weights_only=True)["schedule"]["steps"] == steps > 40
+    settings = {**LENGTHLESS, "minutes": 0.08}
+    steps = kill_at(tmp_path, settings, 50)
+    assert torch.load(tmp_path / "run.pt", weights_only=True)["schedule"]["steps"] == steps > 60
     resumed = finish(tmp_path, settings)
     assert resumed["resumed_from"] >= 20
-    if resumed["notes"]:
-        assert "slower" in resumed["notes"][0]
-        pytest.skip("the machine turned slow during the run, which shortened it")
     assert_same(resumed, run(tmp_path / "whole.pt", {**LENGTHLESS, "steps": steps}))
