@@ -47,6 +47,18 @@ def build(kernels: Sequence[Kernel]) -> Micro:
     return writer.finish()
 
 
+def build_chain(kernels: Sequence[Kernel]) -> Micro:
+    """A small network: the kernels one behind the other. Each has one input, of the shape of the output before it."""
+    writer = _Writer(prefix="p0_")
+    tensor = writer.before(kernels[0].inputs[0], "b")
+    for index, kernel in enumerate(kernels):
+        writer.prefix = f"k{index}_"
+        tensor = writer.kernel(kernel, [tensor])[0]
+    writer.prefix = "q0_"
+    writer.behind(tensor, kernels[-1].output)
+    return writer.finish()
+
+
 def weight_bytes(kernel: Kernel) -> int:
     """Bytes of the kernel's constants, for sizing a batch."""
     if kernel.op in ("Conv", "ConvTranspose"):

@@ -1,0 +1,176 @@
+"""LatencyModel: what a kernel and a network of kernels will take, from the rows of a latency table.
+
+A kernel has its exact row, or lies between rows of its *alignment class*: equal in everything but channel counts, and
+those in the same residue modulo the runtime's block of channels, because latency is a staircase in that block. Between
+rows it is interpolated (bilinearly in input and output channels: a convolution's work is their product); beyond them,
+or between classes, never: that is a TableError naming the kernel.
+
+The plain sum over a network is off by what the profiler and the micro context cost or hide. Whole networks measured on
+the same device calibrate it: ``a * sum + b * kernels + c``, non-negative, fitted robustly to relative errors.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx
+
+from edgeprune.device.target import Fusion
+from edgeprune.latency.calibrate import Calibration, fit
+from edgeprune.latency.fusion import sites
+from edgeprune.latency.kernel import Kernel, Shape, Site
+from edgeprune.latency.table import LatencyTable
+
+TWO_SIDED = ("Conv", "ConvTranspose", "Gemm", "MatMul")  # cost is a product of input and output channels
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """``source``: "measured", or "interpolated" between rows of the same alignment class."""
+
+    ms: float
+    source: str
+    spread: float = 0.0
+
+
+@dataclass(slots=True)
+class _Grid:
+    """Rows of one alignment class: (x, y) -> key; y is 0 throughout where one count decides."""
+
+    points: dict[tuple[int, int], str] = field(default_factory=dict)
+    xs: list[int] = field(default_factory=list)
+    ys: list[int] = field(default_factory=list)
+
+    def add(self, x: int, y: int, key: str) -> None:
+        self.points[x, y] = key
+        for values, value in ((self.xs, x), (self.ys, y)):
+            at = bisect.bisect_left(values, value)
+            if at == len(values) or values[at] != value:
+                values.insert(at, value)
+
+    def cell(self, x: int, y: int) -> tuple[int, int, int, int] | None:
+        """The tightest (x0, x1, y0, y1) around a point whose corners are all measured."""
+        reach = 4  # farther brackets say little
+        lows, highs = _around(self.xs, x, reach)
+        bottoms, tops = _around(self.ys, y, reach)
+        best = None
+        for x0, x1, y0, y1 in itertools.product(lows, highs, bottoms, tops):
+            if all((cx, cy) in self.points for cx in (x0, x1) for cy in (y0, y1)):
+                area = math.log(max(x1, 1) / max(x0, 1)) + math.log(max(y1, 1) / max(y0, 1))
+                if best is None or area < best[0]:
+                    best = (area, (x0, x1, y0, y1))
+        return best[1] if best else None
+
+
+def _around(values: list[int], value: int, reach: int) -> tuple[list[int], list[int]]:
+    at = bisect.bisect_left(values, value)
+    if at < len(values) and values[at] == value:
+        here = [value]
+        return here + values[max(0, at - reach) : at][::-1], here + values[at + 1 : at + 1 + reach]
+    return values[max(0, at - reach) : at][::-1], values[at : at + reach]
+
+
+class LatencyModel:
+    """Reads a table; sees rows appended to it later. ``fusion`` names the runtime's block of channels."""
+
+    def __init__(self, table: LatencyTable, fusion: Fusion | None = None):
+        self.table = table
+        self.fusion = fusion or Fusion()
+        self._grids: dict[tuple[object, ...], _Grid] = {}
+        self._seen = 0
+        self._calibration: tuple[int, int, Calibration] | None = None
+
+    def predict(self, kernel: Kernel) -> Prediction:
+        """Raises TableError naming the kernel when the table cannot price it."""
+        key = kernel.key()
+        if key in self.table.rows:
+            return Prediction(self.table.ms(key), "measured", self.table.rows[key].spread)
+        self._index()
+        for wild in (1, -1):
+            family, x, y = self._place(kernel, wild)
+            grid = self._grids.get(family)
+            cell = grid.cell(x, y) if grid else None
+            if grid and cell:
+                x0, x1, y0, y1 = cell
+                u = (x - x0) / (x1 - x0) if x1 > x0 else 0.0
+                v = (y - y0) / (y1 - y0) if y1 > y0 else 0.0
+                corners = ((x0, y0, (1 - u) * (1 - v)), (x1, y0, u * (1 - v)), (x0, y1, (1 - u) * v), (x1, y1, u * v))
+                ms = sum(w * self.table.ms(grid.points[cx, cy]) for cx, cy, w in corners if w)
+                spread = max(self.table.rows[grid.points[cx, cy]].spread for cx, cy, w in corners if w)
+                return Prediction(ms, "interpolated", spread)
+        self.table.row(key)  # raises
+        raise AssertionError("unreachable")
+
+    def missing(self, kernels: Sequence[Kernel]) -> list[Kernel]:
+        """The kernels that can be neither looked up nor interpolated, each once."""
+        result = {}
+        for kernel in kernels:
+            key = kernel.key()
+            if key not in result and key not in self.table.rows and not self._can_interpolate(kernel):
+                result[key] = kernel
+        return list(result.values())
+
+    def price(self, kernel: Kernel) -> float:
+        """The kernel's share of a network in ms, so that prices plus ``calibration.constant_ms`` add up to it."""
+        calibration = self.calibration
+        return calibration.scale * self.predict(kernel).ms + calibration.per_kernel_ms
+
+    def network(self, model: onnx.ModelProto | Sequence[Site]) -> float:
+        """Predicted milliseconds of a whole network on the quiet device, calibrated as far as networks were measured.
+        Raises TableError naming the first kernel that has no price."""
+        parts = sites(model, self.fusion) if isinstance(model, onnx.ModelProto) else model
+        return self.calibration.apply(sum(self.predict(site.kernel).ms for site in parts), len(parts))
+
+    @property
+    def calibration(self) -> Calibration:
+        stamp = (len(self.table.networks), len(self.table.rows))
+        if self._calibration is None or self._calibration[:2] != stamp:
+            self._calibration = (*stamp, fit(self.table))
+        return self._calibration[2]
+
+    def _can_interpolate(self, kernel: Kernel) -> bool:
+        self._index()
+        for wild in (1, -1):
+            family, x, y = self._place(kernel, wild)
+            if family in self._grids and self._grids[family].cell(x, y):
+                return True
+        return False
+
+    def _index(self) -> None:
+        if self._seen == len(self.table.rows):
+            return
+        for key, row in itertools.islice(self.table.rows.items(), self._seen, None):
+            if not row.error:
+                kernel = Kernel.from_key(key)
+                for wild in (1, -1):
+                    family, x, y = self._place(kernel, wild)
+                    self._grids.setdefault(family, _Grid()).add(x, y, key)
+        self._seen = len(self.table.rows)
+
+    def _place(self, kernel: Kernel, wild: int) -> tuple[tuple[object, ...], int, int]:
+        """(alignment class, x, y): the kernel without its channel counts, and the counts that decide its time."""
+        counts: list[int] = []
+        frame: list[Shape] = []
+        for shape in (*kernel.inputs, kernel.output):
+            if len(shape) < 2:
+                frame.append(shape)
+                continue
+            axis = wild % len(shape)
+            counts.append(shape[axis])
+            frame.append((*shape[:axis], -1, *shape[axis + 1 :]))
+        block = self.fusion.block or 1
+        classes = tuple((count % block, count < block) for count in counts)
+        family = (wild, kernel.op, kernel.attrs, kernel.tail, kernel.dtype, tuple(frame), classes)
+        if kernel.op in TWO_SIDED and len(counts) >= 2 and kernel.attr("group") != "dw":
+            return family, counts[0], counts[-1]
+        return family, sum(counts), 0
+
+
+def relative_error(predicted: Sequence[float], measured: Sequence[float]) -> np.ndarray:
+    """|predicted / measured - 1|, (n,)."""
+    return np.abs(np.asarray(predicted) / np.asarray(measured) - 1)
