@@ -40,7 +40,7 @@ _SHARED_NUMEL = 4096  # constants up to this size are stored once however often 
 
 @dataclass(frozen=True, slots=True)
 class Edge:
-    """A tensor of the graph. ``meta`` is a tensor on the meta device with its shape and dtype."""
+    """A tensor of the graph. ``meta`` is a contiguous tensor on the meta device with its shape and dtype."""
 
     name: str
     meta: torch.Tensor
@@ -58,6 +58,11 @@ class Edge:
         return self.meta.dtype
 
 
+def blank(meta: torch.Tensor) -> torch.Tensor:
+    """Shape and dtype only. ONNX tensors have no strides, and any view of a contiguous tensor is valid."""
+    return torch.empty(meta.shape, dtype=meta.dtype, device="meta")
+
+
 class Emitter:
     """Nodes, initializers and value infos in the order they are made. ``reserved``: names that belong to nodes of the
     network, so that no helper tensor takes one."""
@@ -69,6 +74,7 @@ class Emitter:
         self.edges: dict[str, Edge] = {}  # tensors of known shape
         self.names: dict[int, str] = {}  # id of a constant -> the name it should get
         self._taken = set(reserved)
+        self._producers: dict[str, onnx.NodeProto] = {}
         self._node_names: set[str] = set()
         self._by_id: dict[int, tuple[torch.Tensor, str]] = {}
         self._by_content: dict[tuple[Any, ...], str] = {}
@@ -100,6 +106,15 @@ class Emitter:
         self._by_id[id(tensor)] = (tensor, found)  # kept alive, so that the id stays its own
         return found
 
+    def producer(self, edge: Edge) -> onnx.NodeProto | None:
+        """The node that computes ``edge``; None for an input."""
+        return self._producers.get(edge.name)
+
+    def value(self, name: str) -> np.ndarray | None:
+        """What the initializer ``name`` holds."""
+        tensor = self.initializers.get(name)
+        return None if tensor is None else numpy_helper.to_array(tensor)
+
     def node(
         self, op: str, inputs: Sequence[str], outputs: Sequence[str], name: str, attributes: dict[str, Any]
     ) -> None:
@@ -109,6 +124,7 @@ class Emitter:
         self._node_names.add(free)
         given = {k: v for k, v in attributes.items() if v is not None}
         self.nodes.append(helper.make_node(op, list(inputs), list(outputs), free, **given))
+        self._producers.update(dict.fromkeys(outputs, self.nodes[-1]))
 
 
 class Call:
@@ -158,7 +174,7 @@ class Call:
     def out(self, op: str, *inputs: Any, **attributes: Any) -> Edge:
         """The node whose output is the call's result."""
         self.emitter.node(op, self._names(inputs), [self.name], self.label, attributes)
-        edge = Edge(self.name, self.meta)
+        edge = Edge(self.name, blank(self.meta))
         self.emitter.edges[self.name] = edge
         return edge
 
@@ -169,7 +185,7 @@ class Call:
             for i in range(len(self.meta))
         ]
         self.emitter.node(op, self._names(inputs), names, self.label, attributes)
-        edges = tuple(Edge(name, meta) for name, meta in zip(names, self.meta, strict=True))
+        edges = tuple(Edge(name, blank(meta)) for name, meta in zip(names, self.meta, strict=True))
         self.emitter.edges.update({edge.name: edge for edge in edges})
         return edges
 

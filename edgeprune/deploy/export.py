@@ -186,8 +186,7 @@ class _Writer:
         """What depends on no input is computed now."""
         if torch.Tag.nondeterministic_seeded in getattr(target, "tags", ()):
             raise UnsupportedModelError(f"{self.network.origin}: node {node.name} ({target}) draws random numbers")
-        if kwargs.get("device") is not None:
-            kwargs = {**kwargs, "device": torch.device("cpu")}
+        args, kwargs = _mapped((args, kwargs), lambda v: torch.device("cpu") if isinstance(v, torch.device) else v)
         result = target(*args, **kwargs)
         if isinstance(result, torch.Tensor):
             self.emitter.names.setdefault(id(result), node.name)
@@ -197,10 +196,10 @@ class _Writer:
         def meta(value: Any) -> Any:
             if isinstance(value, Edge):
                 return value.meta
+            if isinstance(value, torch.device):
+                return torch.device("meta")
             return value.to("meta") if isinstance(value, torch.Tensor) else value
 
-        if kwargs.get("device") is not None:
-            kwargs = {**kwargs, "device": torch.device("meta")}
         try:
             return target(*_mapped(args, meta), **_mapped(kwargs, meta))
         except Exception as error:

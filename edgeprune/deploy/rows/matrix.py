@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from edgeprune.deploy.emit import Arguments, Call, Edge
@@ -18,6 +19,26 @@ def _spread(value: Any, rank: int) -> list[int]:
     return [int(v) for v in (values * rank if len(values) == 1 else values)]
 
 
+def border(call: Call, edge: Edge, value: float) -> tuple[Any, list[int]]:
+    """If ``edge`` is a tensor with a border of ``value`` around it: that tensor and the border, front then behind.
+
+    A convolution or pooling pads by itself, so that the copy which a Pad makes is saved.
+    """
+    rank = edge.rank - 2
+    node = call.emitter.producer(edge)
+    nothing = edge, [0] * (2 * rank)
+    if node is None or node.op_type != "Pad" or node.attribute[0].s != b"constant":
+        return nothing
+    given = call.emitter.value(node.input[2]) if len(node.input) > 2 else np.zeros((), np.float32)
+    pads = call.emitter.value(node.input[1])
+    if given is None or pads is None or float(given) != value:
+        return nothing
+    pads = pads.reshape(2, rank + 2)
+    if pads[:, :2].any() or (pads < 0).any():
+        return nothing
+    return node.input[0], [int(p) for p in pads[:, 2:].reshape(-1)]
+
+
 def conv(call: Call, a: Arguments) -> Edge:
     """Plain convolution, 1d to 3d; padding as numbers, "same" or "valid"."""
     rank = a.input.rank - 2
@@ -28,8 +49,10 @@ def conv(call: Call, a: Arguments) -> Edge:
         pads = [t // 2 for t in total] + [t - t // 2 for t in total]
     else:
         pads = [0] * (2 * rank) if a.padding == "valid" else _spread(a.padding, rank) * 2
+    source, around = border(call, a.input, 0.0)
+    pads = [p + q for p, q in zip(pads, around, strict=True)]
     return call.out(
-        "Conv", a.input, a.weight, a.bias, kernel_shape=shape, strides=_spread(a.stride, rank), pads=pads,
+        "Conv", source, a.weight, a.bias, kernel_shape=shape, strides=_spread(a.stride, rank), pads=pads,
         dilations=dilation, group=int(a.groups),
     )  # fmt: skip
 

@@ -4,12 +4,14 @@ whose meaning differs between runtimes and their versions."""
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from edgeprune.deploy.emit import Arguments, Call, Edge
+from edgeprune.deploy.rows.matrix import border
 
 Row = Callable[[Call, Arguments], Any]
 
@@ -42,11 +44,29 @@ def max_pool(call: Call, a: Arguments) -> Any:
     target = call.part(0) if pair else call
     kernel, stride, front, behind = _geometry(call, a, output)
     dilation = _spread(a.dilation, len(kernel))
+    source, around = border(call, a.self, -math.inf)
+    pads = [p + q for p, q in zip(front + behind, around, strict=True)]
+    if max(pads) < min(kernel):  # what runtimes demand
+        front, behind = pads[: len(kernel)], pads[len(kernel) :]
+    else:
+        source = a.self
+    if source is a.self and border(call, a.self, 0.0)[0] is not a.self:
+        _keep_border(call, a.self)
     result = target.out(
-        "MaxPool", a.self, kernel_shape=kernel, strides=stride, pads=front + behind,
+        "MaxPool", source, kernel_shape=kernel, strides=stride, pads=front + behind,
         dilations=dilation if any(d != 1 for d in dilation) else None,
     )  # fmt: skip
     return (result, None) if pair else result
+
+
+def _keep_border(call: Call, edge: Edge) -> None:
+    """onnxruntime's PadFusion (1.23 to 1.31) takes a border of zeros into a MaxPool, whose own border counts as minus
+    infinity: wrong where all real values of a window are negative. It looks for a border of exactly zero, so this one
+    becomes the smallest normal float."""
+    node = call.emitter.producer(edge)
+    assert node is not None
+    del node.input[2:]
+    node.input.append(call.scalar(torch.finfo(torch.float32).tiny, edge.dtype))
 
 
 def avg_pool(call: Call, a: Arguments) -> Edge:
