@@ -11,6 +11,7 @@ Deviations: a sum is a function of two variables and is eliminated by indexing, 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -128,8 +129,12 @@ class Elimination:
                 cost.pop(u, None)
         return steps
 
-    def _forward(self, damage_weight: float, price: float) -> tuple[float, list[np.ndarray], list[np.ndarray]]:
+    def _forward(
+        self, damage_weight: float, price: float, jitter: Sequence[np.ndarray] | None = None
+    ) -> tuple[float, list[np.ndarray], list[np.ndarray]]:
         tables = self._weighted(damage_weight, price)
+        if jitter is not None:
+            tables[: len(jitter)] = [t * j for t, j in zip(tables, jitter, strict=False)]
         scopes = [*self.scopes, *(s.message for s in self.steps)]
         joints = []
         value = 0.0
@@ -170,9 +175,13 @@ class Elimination:
                 index.append(np.arange(self.sizes[u])[None, :])
         return tuple(index)
 
-    def minimise(self, damage_weight: float, price: float) -> tuple[float, np.ndarray]:
-        """Least ``damage_weight * damage + price * latency`` (without the constant) and the state of every variable."""
-        value, joints, _ = self._forward(damage_weight, price)
+    def minimise(
+        self, damage_weight: float, price: float, jitter: Sequence[np.ndarray] | None = None
+    ) -> tuple[float, np.ndarray]:
+        """Least ``damage_weight * damage + price * latency`` (without the constant) and the state of every variable.
+
+        ``jitter``: factors on the damages, one array per variable."""
+        value, joints, _ = self._forward(damage_weight, price, jitter)
         states = np.zeros(len(self.sizes), dtype=np.int64)
         for step, joint in zip(reversed(self.steps), reversed(joints), strict=True):
             if step.sum is None:

@@ -25,6 +25,8 @@ from edgeprune.plan.improve import Improver
 from edgeprune.plan.milp import solve_milp
 from edgeprune.plan.problem import Plan, Problem
 
+EASY = 3000  # cells that the integer programme takes in its stride
+SCATTER = 24  # attempts at a better plan where more than that are left
 SLACK = 1e-9  # relative: a sum of latencies this little above the budget is rounding
 
 
@@ -172,13 +174,38 @@ class _Search:
                 high = point
         if self._done():
             return model
-        threshold = self.damage * (1 - 0.5 * self.gap)
         value, marginals = tree.marginals(1.0, price)
         least = [m + price * (model.constant_ms - budget) for m in marginals]
         tolerance = 1e-10 * (abs(value) + abs(price * budget))
-        masks = [m <= threshold + tolerance for m in least]
+        kept = self._keep(model, least, tolerance)
+        if kept.cells > EASY and self._gap() > self.gap:
+            self._scatter(tree, price)
+            kept = self._keep(model, least, tolerance)
+        return kept
+
+    def _keep(self, model: Model, least: list[np.ndarray], tolerance: float) -> Model:
+        """The states whose plans may be better than the best by what is asked, at least."""
+        threshold = self.damage * (1 - 0.5 * self.gap)
         self.excluded = min(self.excluded, threshold)
-        return model.restrict(masks)
+        return model.restrict([m <= threshold + tolerance for m in least])
+
+    def _scatter(self, tree: Elimination, price: float) -> None:
+        """Look for plans between the two that the price yields: with slightly changed damages, choices that are alike
+        (the blocks of a stage) no longer all tip at the same price."""
+        rng = np.random.default_rng(0)
+        for attempt in range(SCATTER):
+            spread = (0.01, 0.03, 0.1)[attempt % 3]
+            jitter = [np.exp(rng.normal(0, spread, d.shape)) for d in tree.model.damage]
+            low, high = price / (1 + 3 * spread), price * (1 + 3 * spread)
+            for _ in range(5):
+                middle = math.sqrt(low * high)
+                _, states = tree.minimise(1.0, middle, jitter)
+                if self._offer(tree.model, states)[0] <= self.limit_ms:
+                    high = middle
+                else:
+                    low = middle
+            if self._done():
+                return
 
     def _branch(self, model: Model) -> None:
         """Solve what is left as an integer programme; again while the best plan falls, because the solver's absolute

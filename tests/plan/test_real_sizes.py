@@ -41,6 +41,12 @@ def test_gap_is_proven_in_time(bench, name, share):
     assert damage == plan.damage
 
 
+def test_many_plans_that_are_nearly_equal(bench):
+    plan = solve(at(bench.NETWORKS["resnet50-alike"][0](), 0.35))
+    assert plan.gap is not None
+    assert plan.gap <= 5e-4
+
+
 def test_resnet50_has_the_size_asked_for(bench):
     problem = bench.resnet50()
     assert len(problem.groups) == 37
