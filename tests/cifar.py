@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
+from support import randomise_norms
 from torch import nn
+
+from edgeprune.graph.lift import lift
+from edgeprune.graph.network import Network
 
 
 class _Block(nn.Module):
@@ -49,3 +55,10 @@ class CifarResNet(nn.Module):
         x = self.layer3(self.layer2(self.layer1(x)))
         x = F.avg_pool2d(x, x.size(3))
         return self.linear(x.view(x.size(0), -1))
+
+
+@functools.cache
+def lifted(depth: int = 20, projection: bool = False) -> Network:
+    """A random one in canonical form, the same object every time: not to be changed."""
+    torch.manual_seed(0)
+    return lift(randomise_norms(CifarResNet(depth, projection)).eval(), [(1, 3, 32, 32)])

@@ -5,12 +5,15 @@ from __future__ import annotations
 import importlib.util
 import pathlib
 import re
-from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import nn
 
-from edgeprune.graph.network import BATCH_NORMS, Network
+from edgeprune.graph.channels import Channels
+from edgeprune.graph.masking import masked_outputs
+from edgeprune.graph.network import BATCH_NORMS, CONV_TRANSPOSES, CONVS, Network
+from edgeprune.graph.surgery import cut
 
 _libraries: list[torch.library.Library] = []
 
@@ -63,9 +66,34 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return float((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
 
 
-def parameter_count(network: Network) -> int:
-    return sum(p.numel() for p in network.module.parameters())
+def random_keep(channels: Channels, seed: int, share: float | None = None) -> dict[str, list[int]]:
+    """For every group some random units that stay: a random share of each, or about ``share``; at least one."""
+    rng = np.random.default_rng(seed)
+    keep = {}
+    for group in channels.groups:
+        part = rng.uniform(0.2, 1.0) if share is None else share
+        count = max(1, round(group.size * part))
+        keep[group.name] = sorted(rng.choice(group.size, count, replace=False).tolist())
+    return keep
 
 
-def seeds(count: int) -> Iterator[int]:
-    yield from range(count)
+def cut_error(network: Network, channels: Channels, keep: dict[str, list[int]], seed: int = 0, batch: int = 2) -> float:
+    """Relative error of the cut network against the masked original, the worst of its outputs."""
+    inputs = network.random_inputs(batch, seed)
+    expected = masked_outputs(network, channels, keep, inputs)
+    with torch.no_grad():
+        actual = cut(network, channels, keep).module(*inputs)
+    actual = actual if isinstance(actual, (tuple, list)) else (actual,)
+    return max(relative_error(a, e) for a, e in zip(actual, expected, strict=True))
+
+
+def filter_share(network: Network, channels: Channels, classes: int = 1000) -> float:
+    """Share of the output channels of all convolutions that can be pruned, classifiers (``classes`` outputs) aside."""
+    total = prunable = 0
+    for path, calls in network.modules_called().items():
+        module = network.module.get_submodule(path)
+        if isinstance(module, (*CONVS, *CONV_TRANSPOSES)) and module.out_channels != classes:
+            total += module.out_channels
+            found = channels.vector(calls[0].name)
+            prunable += int((found[1] >= 0).sum()) if found is not None else 0
+    return prunable / max(total, 1)

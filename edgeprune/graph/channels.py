@@ -16,7 +16,8 @@ from torch import nn
 from edgeprune.errors import UsageError
 from edgeprune.graph.labels import Labels
 from edgeprune.graph.network import BATCH_NORMS, CONV_TRANSPOSES, CONVS, Network
-from edgeprune.graph.propagate import Propagation
+from edgeprune.graph.propagate import propagate
+from edgeprune.graph.tracer import Tracer
 from edgeprune.plan.problem import Axis
 
 
@@ -113,7 +114,7 @@ class Channels:
 
 def analyse(network: Network) -> Channels:
     """Find the channel groups of a canonical network."""
-    found = Propagation(network).run()
+    found = propagate(network)
     units = found.units
     sources = _sources(network, found)
     roots = [units.find(ids) for _, _, _, ids in sources]
@@ -140,7 +141,7 @@ def analyse(network: Network) -> Channels:
 Source = tuple[str, str, int, np.ndarray]  # target, role, dim, the unit at each position
 
 
-def _sources(network: Network, found: Propagation) -> list[Source]:
+def _sources(network: Network, found: Tracer) -> list[Source]:
     """Every place where channels lie in a module or bare tensor, in graph order."""
     sources: list[Source] = []
     seen: set[str] = set()
@@ -177,7 +178,7 @@ def is_depthwise(module: nn.Module) -> bool:
     return groups > 1 and groups == module.in_channels
 
 
-def _signatures(found: Propagation) -> dict[int, bytes]:
+def _signatures(found: Tracer) -> dict[int, bytes]:
     """Unit -> fingerprint of how often it occurs in which node's output. Two units of equal fingerprint are
     interchangeable: wherever one lies, the other lies too. (Sums of random 64-bit numbers, two of them.)"""
     rng = np.random.default_rng(0)
@@ -227,7 +228,7 @@ def _positions(
     return [(int(g), order[owner == g].reshape(len(groups[g][1]), -1)) for g in np.unique(owner)]
 
 
-def _final_labels(found: Propagation, where: np.ndarray) -> dict[str, torch.Tensor]:
+def _final_labels(found: Tracer, where: np.ndarray) -> dict[str, torch.Tensor]:
     final = {}
     for name, labels in found.labels.items():
         ids = where[found.units.find(labels.ids)] if labels.ids is not None else None

@@ -45,10 +45,10 @@ TABLE: dict[Kind, str] = {
         lerp atan2 hypot copysign max_other min_other
         eq ne lt le gt ge logical_and logical_or logical_xor logical_not bitwise_and bitwise_or bitwise_not isnan isinf
         relu relu6 hardtanh leaky_relu elu selu celu gelu silu mish sigmoid tanh hardsigmoid hardswish hardshrink
-        softshrink tanhshrink threshold softplus log_sigmoid logit clamp clamp_min clamp_max clip
+        softshrink threshold softplus log_sigmoid logit clamp clamp_min clamp_max clip
         abs neg sign sgn exp exp2 expm1 log log2 log10 log1p sqrt rsqrt square reciprocal sin cos tan asin acos atan
         sinh cosh asinh acosh atanh erf erfc floor ceil round trunc frac positive nan_to_num masked_fill
-        clone contiguous to _to_copy type_as float half bfloat16 double dropout feature_dropout alpha_dropout
+        clone contiguous to _to_copy type_as dropout feature_dropout alpha_dropout
         zeros_like ones_like full_like empty_like rand_like randn_like expand_as copy
         """,
     Kind.CHANNELWISE: """

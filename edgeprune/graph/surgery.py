@@ -66,8 +66,6 @@ def _rebuilt(network: Network) -> Network:
 
 
 def _verify(network: Network, survivors: Survivors) -> None:
-    for node in network.module.graph.nodes:
-        node.meta.clear()
     actual = shapes(network)
     for node in network.module.graph.nodes:
         if node.op not in ("output", "placeholder") and node.name in actual:
