@@ -21,6 +21,7 @@ from torch import nn
 
 from edgeprune.errors import EdgepruneError
 from edgeprune.train import checkpoint
+from edgeprune.train.anchor import anchor, norms
 from edgeprune.train.augment import Views, chosen
 from edgeprune.train.config import History, Progress, TrainConfig
 from edgeprune.train.dataset import Batch, DataSet
@@ -34,6 +35,7 @@ from edgeprune.train.teacher import Teacher
 SNAPSHOT_STEPS = 20  # how far a diverged run goes back
 MAX_ROLLBACKS = 8
 DIVERGED = 3.0  # times the loss of a constant answer, or of the first step where that is larger
+ANCHOR_SAMPLES = 1024
 _SMOOTH = 0.95
 
 
@@ -136,6 +138,7 @@ class _Run:
             if saved["done"]:
                 return self.history
         else:
+            self._anchor()
             self._evaluate()
             self.schedule.steps = self._count_steps()
         good, pending, saved_at = self._state(), self._load(self.schedule.step), time.monotonic()
@@ -259,6 +262,29 @@ class _Run:
             if self.teacher is not None:
                 self.teacher.load([])
             self._save(self._state(), done=True)
+
+    def _anchor(self) -> None:
+        """Anchor the batch norms where the student is better with its running statistics than with a batch's own: it
+        was refitted. Where it is not, the batch's own are the repair."""
+        if self.config.batch_norm != "train" or not norms(self.student):
+            return
+        chunks = np.array_split(self.data.order(self.config.seed)[:ANCHOR_SAMPLES], ANCHOR_SAMPLES // 128)
+        running = batch = 0.0
+        inputs = []
+        for positions in (c for c in chunks if len(c) > 1):
+            x, y = self.data.batch(positions)
+            x = x.to(self.device, memory_format=self.format)
+            y = None if y is None else y.to(self.device)
+            answers = None if self.teacher is None else self.teacher.ask(x)
+            trial = copy.deepcopy(self.student).eval()
+            with torch.no_grad():
+                running += float(self.objective(as_outputs(trial(x)), answers, y))
+                for norm in norms(trial):
+                    norm.train()
+                batch += float(self.objective(as_outputs(trial(x)), answers, y))
+            inputs.append(x)
+        if running < batch:
+            anchor(self.student, inputs)
 
     # --- how long -----------------------------------------------------------------------------------------------
 
