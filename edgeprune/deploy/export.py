@@ -193,6 +193,9 @@ class _Writer:
         return result
 
     def _on_meta(self, node: fx.Node, target: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Shape and dtype of a call. Where the meta device cannot say (a mask among the constants), zeros can: every
+        operator in the table has a shape that does not depend on what is computed."""
+
         def meta(value: Any) -> Any:
             if isinstance(value, Edge):
                 return value.meta
@@ -200,15 +203,19 @@ class _Writer:
                 return torch.device("meta")
             return value.to("meta") if isinstance(value, torch.Tensor) else value
 
-        try:
-            return target(*_mapped(args, meta), **_mapped(kwargs, meta))
-        except Exception as error:
-            if target not in TABLE:
-                raise self._unknown(node) from None
-            reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-            raise UnsupportedModelError(
-                f"{self.network.origin}: node {node.name} ({target}) has no static shape: {reason}"
-            ) from None
+        def zeros(value: Any) -> Any:
+            if isinstance(value, Edge):
+                return torch.zeros(value.shape, dtype=value.dtype)
+            return torch.device("cpu") if isinstance(value, torch.device) else value
+
+        for change in (meta, zeros):
+            try:
+                return target(*_mapped(args, change), **_mapped(kwargs, change))
+            except Exception as error:
+                if target not in TABLE:
+                    raise self._unknown(node) from None
+                reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise UnsupportedModelError(f"{self.network.origin}: node {node.name} ({target}) has no static shape: {reason}")
 
     def _unknown(self, node: fx.Node) -> UnsupportedModelError:
         return UnsupportedModelError(

@@ -11,7 +11,7 @@ What is exact, and therefore done
               goes into the convolution, transposed convolution or linear before it if nobody else reads that one
     forward   a batch norm whose readers are all unpadded convolutions, or linears on (N, C), goes into them
     left      every other batch norm becomes aten.mul and aten.add of two buffers of shape (C, 1, 1)
-    gone      dropout, contiguous, clone, expand to the same shape, relu of relu, unused nodes and modules
+    gone      dropout, contiguous, clone, expand by nothing, relu of relu, unused nodes and modules
 A module called more than once is cloned for the calls that fold differently. All arithmetic is in float64; results
 are rounded once, and subnormal weights become zero.
 """
@@ -32,7 +32,6 @@ aten = torch.ops.aten
 
 _NORMAL_MIN = torch.finfo(torch.float32).tiny
 _NO_OPS = (aten.contiguous.default, aten.clone.default, aten.alias.default, aten.detach.default)
-_EXPANDS = (aten.expand.default, aten.expand_as.default)
 _IDEMPOTENT = (aten.relu.default, aten.hardtanh.default, aten.relu6.default, aten.abs.default)
 _MUL, _ADD = aten.mul.Tensor, aten.add.Tensor
 _DIV, _SUB = aten.div.Tensor, aten.sub.Tensor
@@ -102,15 +101,15 @@ def _rebuild(module: fx.GraphModule, names: dict[fx.Node, str]) -> None:
 def _drop_idle(network: Network) -> None:
     """Remove what gives back its input."""
     graph, module = network.module.graph, network.module
-    known: dict[str, tuple[int, ...]] | None = None
     for node in list(graph.nodes):
         idle = node.op == "call_module" and isinstance(module.get_submodule(str(node.target)), DROPOUTS)
         if node.op == "call_function":
             source = node.args[0] if node.args else None
             idle = node.target in _NO_OPS
-            if node.target in _EXPANDS and isinstance(source, fx.Node):
-                known = shapes(network, batch=2) if known is None else known
-                idle = known.get(source.name) == known.get(node.name)
+            if node.target is aten.view.default:
+                node.target = aten.reshape.default  # without the copies that contiguous makes a view may not exist
+            if node.target is aten.expand.default:
+                idle = all(size == -1 for size in node.args[1])
             if node.target in _IDEMPOTENT and isinstance(source, fx.Node) and source.op == "call_function":
                 same = source.args[1:] == node.args[1:] and source.kwargs == node.kwargs
                 idle = source.target is node.target and same

@@ -37,7 +37,8 @@ def permute(call: Call, a: Arguments) -> Edge:
 
 def transpose(call: Call, a: Arguments) -> Edge:
     order = list(range(a.self.rank))
-    order[a.dim0], order[a.dim1] = order[a.dim1], order[a.dim0]
+    first, second = (a.dim0, a.dim1) if hasattr(a, "dim0") else (a.axis0, a.axis1)
+    order[first], order[second] = order[second], order[first]
     return permuted(call, a.self, order)
 
 
