@@ -143,8 +143,10 @@ def _called(module_name: str, function_name: str, shape: tuple[int, ...]) -> Any
             assert module_spec.loader is not None
             module = importlib.util.module_from_spec(module_spec)
             sys.modules[known] = module  # dataclasses and pickles of the user's look their module up there
+            _import_from(path.parent)
             module_spec.loader.exec_module(module)
         else:
+            _import_from(Path.cwd())
             module = importlib.import_module(module_name)
         function = getattr(module, function_name, None)
         if not callable(function):
@@ -153,8 +155,14 @@ def _called(module_name: str, function_name: str, shape: tuple[int, ...]) -> Any
     except DataError:
         raise
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else ""
+        reason = " ".join(str(error).split())[:200]
         raise DataError(f"{spec} failed with {type(error).__name__}: {reason}") from error
+
+
+def _import_from(folder: Path) -> None:
+    """What lies beside the user's file, or in the working directory, can be imported as in a script."""
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
 
 
 def _is_array(value: Any) -> bool:

@@ -238,7 +238,7 @@ def test_functions_of_the_users(functions, name):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("fails", "RuntimeError: no network$"),
+        ("fails", "RuntimeError: no network at all$"),
         ("fails_late", "KeyError"),
         ("nothing", "NoneType"),
         ("empty", "no batches"),
@@ -258,9 +258,16 @@ def test_labels_that_are_no_classes_are_left_out(functions, caplog):
     assert "left out" in caplog.text
 
 
-def test_function_in_an_importable_module(functions, tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(tmp_path))
+def test_function_of_a_module_in_the_working_directory(functions, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(tmp_path)
     assert len(open_data("mine:arrays", SHAPE)) == 6
+
+
+def test_a_file_imports_what_lies_beside_it(functions, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "other.py").write_text("import mine\ndef five(): return mine.X[:5]\n")
+    assert len(open_data(f"{tmp_path}/other.py:five", SHAPE)) == 5
 
 
 @pytest.mark.parametrize("spec", ["nowhere", "nowhere.py:f", "no.such.module:f", "x.npz"])
