@@ -1,0 +1,66 @@
+"""What can be cut from a network and what each cut costs: the one call that a planning round makes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from edgeprune.graph.blocks import Block
+from edgeprune.graph.channels import Channels
+from edgeprune.graph.network import Network
+from edgeprune.plan.problem import Ranking
+from edgeprune.prune.aims import Kept
+from edgeprune.prune.depth import block_damage
+from edgeprune.prune.judge import Judge
+from edgeprune.prune.sensitivity import rank_groups
+
+NOISE_IMAGES = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Assessment:
+    """rankings: group name -> Ranking; blocks: block name -> damage, in the unit of ``Ranking.damage``;
+    divergence: the relative squared error that the network has already, against the original's outputs."""
+
+    rankings: Mapping[str, Ranking]
+    blocks: Mapping[str, float]
+    divergence: float
+
+
+def assess(
+    original: Network,
+    current: Network,
+    channels: Channels,
+    blocks: Sequence[Block],
+    batches: Iterable[Any] | None,
+    method: str = "cap",
+    *,
+    kept: Kept | None = None,
+    widths: Mapping[str, Sequence[int]] | None = None,
+    images: int = 256,
+    progress: Callable[[float], None] | None = None,
+) -> Assessment:
+    """Judge every group and block of ``current`` by what it does to the original's outputs.
+
+    channels, blocks: ``analyse`` and ``find_blocks`` of ``current``
+    batches:  calibration inputs; None: random inputs give the scale, channels go by magnitude
+    kept:     as for ``compensate``
+    widths:   group name -> the widths worth measuring exactly (default: 75, 50 and 25 %)
+    progress: called with the share done, 0 to 1
+    Raises DataError without any image, UsageError for an unknown method.
+    """
+    inputs = [current.random_inputs(NOISE_IMAGES)] if batches is None else batches
+    judge = Judge(original, current, inputs, images=images, kept=kept)
+    say = progress or (lambda share: None)
+    rankings = rank_groups(
+        judge,
+        channels,
+        method,
+        data_free=batches is None,
+        widths=widths,
+        progress=lambda done, total: say(0.6 * done / max(total, 1)),
+    )
+    damage = block_damage(judge, blocks, repair=batches is not None)
+    say(1.0)
+    return Assessment(rankings, damage, judge.divergence)

@@ -1,0 +1,298 @@
+"""Closed-form repair of a compressed network from unlabelled inputs.
+
+One pass through the network in graph order. Every convolution and linear is refitted by ridge least squares so that its
+target (aims.py), *fed with what the compressed network now gives it*, equals the original's value there; what cannot be
+corrected is handed on to the next layer, which sees it in its input. Batch norms keep their function, but their
+statistics become those of the new layer, so that training can go on from there.
+
+Source: the reconstruction step of CaP (Xie et al., 2021) and ThiNet (Luo et al., 2017).
+Deviations: targets come from the original network throughout; the sum behind a residual branch is matched rather than
+the branch, which absorbs the error of removed blocks; the ridge draws towards the present weights and its strength,
+"leave it alone" included, is chosen on calibration images that the fit has not seen.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from edgeprune.graph.network import Network
+from edgeprune.prune.aims import Fit, Kept, find_fits, kept_of
+from edgeprune.prune.gram import RIDGES, gram, ridge_step, solve_ridge
+from edgeprune.prune.patches import Positions, channel_dim, pack, place_count, rows_at, unpack, values_at
+from edgeprune.prune.program import Batches, Program, Values, as_batches, run, sweep
+
+WORK = 2e10  # multiply-adds spent on one layer's Gram matrix
+MAX_ROWS, MIN_ROWS = 32768, 2048
+HELD_OUT = 4  # every fourth image judges the ridge
+
+
+@dataclass
+class Reference:
+    """The original's values at sampled positions, computed once and kept as they are asked for.
+
+    Positions depend on the images' number and the value's shape only, so compressed networks are read at the same ones.
+    """
+
+    program: Program
+    batches: Batches
+    positions: Positions = field(default_factory=Positions)
+    samples: dict[str, Tensor] = field(default_factory=dict)
+    rows: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def images(self) -> int:
+        return sum(len(inputs[0]) for inputs in self.batches)
+
+    def where(self, shape: tuple[int, ...], rows: int) -> tuple[Tensor, ...]:
+        return self.positions.pick(self.images, shape, rows)
+
+    def gather(self, wanted: Mapping[str, tuple[int, int]]) -> None:
+        """Sample nodes: name -> (channel dim, rows), in one pass over the batches for all that is missing."""
+        missing = {name: spec for name, spec in wanted.items() if self.rows.get(name, 0) < spec[1]}
+        if not missing:
+            return
+        found: dict[str, list[Tensor]] = {name: [] for name in missing}
+        start = 0
+        for inputs in self.batches:
+            values = run(self.program, [inputs], list(missing))
+            for name, (dim, rows) in missing.items():
+                x = values[name][0]
+                where = self.where(place_count(x, dim), rows)
+                low, high = torch.searchsorted(where[0], torch.tensor([start, start + len(x)])).tolist()
+                local = (where[0][low:high] - start, *(c[low:high] for c in where[1:]))
+                found[name].append(x.movedim(dim, -1)[local])
+            start += len(inputs[0])
+        for name, parts in found.items():
+            self.samples[name], self.rows[name] = torch.cat(parts), missing[name][1]
+
+    def at(self, name: str, rows: int, shape: tuple[int, ...]) -> Tensor:
+        """(positions, channels) of a gathered node at the places ``where(shape, rows)``."""
+        have = self.samples[name]
+        if self.rows[name] == rows:
+            return have
+        few, many = len(self.where(shape, rows)[0]) // self.images, len(have) // self.images
+        return have.reshape(self.images, many, -1)[:, :few].reshape(self.images * few, -1)
+
+
+def compensate(
+    original: Network,
+    current: Network,
+    batches: Iterable[Any],
+    *,
+    kept: Kept | None = None,
+    images: int | None = None,
+    passes: int = 1,
+) -> Network:
+    """A copy of ``current`` whose weights are refitted to the original's responses. No labels are used.
+
+    current: a cut of ``original`` (node names and module paths are those of the original)
+    batches: calibration inputs, (n, ...) tensors or tuples of them; at most ``images`` are used
+    kept:    module path -> original output channel of each output (``trace_channels``), needed where channels were cut
+    Raises DataError without any image, UsageError when channels were cut and ``kept`` does not say which.
+    """
+    reference = Reference(Program(original), as_batches(batches, original, images))
+    new = current.copy()
+    for _ in range(passes):
+        refitted = refit(reference, Program(new), kept=kept)
+        _install(new, refitted)
+    return new
+
+
+def _install(network: Network, modules: Mapping[str, nn.Module]) -> None:
+    """Take over the tensors of refitted modules."""
+    leaf: Any
+    for path, leaf in modules.items():
+        mine: Any = network.module.get_submodule(path)
+        with torch.no_grad():
+            mine.weight.copy_(leaf.weight)
+            if leaf.bias is not None:
+                if mine.bias is None:
+                    mine.bias = nn.Parameter(leaf.bias.detach().clone(), requires_grad=mine.weight.requires_grad)
+                else:
+                    mine.bias.copy_(leaf.bias)
+            for name in ("running_mean", "running_var"):
+                if getattr(mine, name, None) is not None:
+                    getattr(mine, name).copy_(getattr(leaf, name))
+
+
+def refit(
+    reference: Reference,
+    program: Program,
+    *,
+    fits: Sequence[Fit] | None = None,
+    only: Collection[str] | None = None,
+    kept: Kept | None = None,
+    known: Values | None = None,
+    rows: int = MAX_ROWS,
+) -> dict[str, nn.Module]:
+    """Refitted copies of layers (and their batch norms) of ``program``, by module path.
+
+    only:  names of layer calls to refit; all others run as they are
+    known: activations of ``program`` to start from
+    """
+    fits = find_fits(reference.program, program) if fits is None else fits
+    chosen = {f.node: f for f in fits if only is None or f.node in only}
+    by_name = {n.name: n for n in program.nodes}
+    plans = {name: _rows_for(program.leaf(by_name[name]), rows) for name in chosen}
+    wanted: dict[str, tuple[int, int]] = {}
+    for name, f in chosen.items():
+        most = max(wanted.get(f.aim, (0, 0))[1], plans[name])
+        wanted[f.aim] = (channel_dim(program.leaf(by_name[name])), most)
+    with torch.no_grad():
+        reference.gather(wanted)
+        working = program.exchanged({})
+        changed: dict[str, nn.Module] = {}
+
+        def before(node: fx.Node, values: Values) -> None:
+            f = chosen.get(node.name)
+            if f is not None:
+                modules = _fit(reference, working, node, f, values, plans[node.name], by_name, kept)
+                changed.update(modules)
+                working.modules.update(modules)
+
+        ends = [f.node for f in chosen.values()]
+        if ends:
+            last = max(ends, key=[n.name for n in program.nodes].index)
+            also = {f.node: (f.other,) for f in chosen.values() if f.other is not None}
+            sweep(working, reference.batches, before, known, [last], also)
+    return changed
+
+
+def _rows_for(leaf: Any, limit: int) -> int:
+    groups = int(getattr(leaf, "groups", 1))
+    p = leaf.weight[0].numel() + 1
+    return int(min(limit, MAX_ROWS, max(MIN_ROWS, WORK / (groups * p * p))))
+
+
+def _fit(
+    reference: Reference,
+    program: Program,
+    node: fx.Node,
+    f: Fit,
+    values: Values,
+    rows: int,
+    by_name: Mapping[str, fx.Node],
+    kept: Kept | None,
+) -> dict[str, nn.Module]:
+    leaf, dim = program.leaf(node), channel_dim(program.leaf(node))
+    inputs = values[program.sources(node)[0].name]
+    shape = _place(leaf, inputs[0])
+    where = reference.where(shape, rows)
+    target = reference.at(f.aim, rows, shape)
+    selection = kept_of(kept, str(node.target), leaf.weight.shape[0], target.shape[1])
+    if selection is not None:
+        target = target[:, selection]
+    if f.other is not None:
+        other = values_at(values[f.other], dim, where)
+        if other.shape != target.shape:
+            return {}  # a broadcast sum
+        target = target - other
+    norm = program.leaf(by_name[f.norm]) if f.norm is not None else None
+    return refit_leaf(leaf, norm, str(node.target), by_name[f.norm].target if f.norm else None,
+                      rows_at(leaf, inputs, where), target, where[0])  # fmt: skip
+
+
+def _place(leaf: Any, x: Tensor) -> tuple[int, ...]:
+    if isinstance(leaf, nn.Linear):
+        return tuple(x.shape[1:-1])
+    pad = leaf._reversed_padding_repeated_twice
+    rank = len(leaf.kernel_size)
+    sizes = []
+    for d in range(rank):
+        both = pad[2 * (rank - 1 - d)] + pad[2 * (rank - 1 - d) + 1]
+        reach = leaf.dilation[d] * (leaf.kernel_size[d] - 1)
+        sizes.append((int(x.shape[2 + d]) + both - reach - 1) // leaf.stride[d] + 1)
+    return tuple(sizes)
+
+
+def refit_leaf(
+    leaf: Any, norm: Any, path: str, norm_path: Any, rows: Tensor, target: Tensor, image: Tensor
+) -> dict[str, nn.Module]:
+    """New copies of a layer and of the batch norm behind it, so that together they give ``target`` (n, outputs) from
+    ``rows`` as nearly as they can; none if that gains nothing on held-out images."""
+    scale, shift = _affine(norm, leaf)
+    packed = pack(leaf)
+    if packed.dim() == 3:
+        groups = packed.shape[0]
+        packed = packed * scale.reshape(groups, 1, -1)
+        packed[:, -1] += shift.reshape(groups, -1)
+        residual = target.reshape(len(target), groups, -1).transpose(0, 1) - torch.bmm(rows, packed)
+        steps = [choose_step(rows[g], residual[g], image) for g in range(groups)]
+        if all(s is None for s in steps):
+            return {}
+        packed = packed + torch.stack([torch.zeros_like(packed[0]) if s is None else s for s in steps])
+        raw = torch.bmm(rows, packed).transpose(0, 1).flatten(1)
+    else:
+        packed = packed * scale
+        packed[-1] += shift
+        step = choose_step(rows, target - rows @ packed, image)
+        if step is None:
+            return {}
+        packed = packed + step
+        raw = rows @ packed
+    weight, bias = unpack(leaf, packed)
+    new = copy.deepcopy(leaf)
+    if norm is None:
+        new.weight.data.copy_(weight)
+        new.bias = nn.Parameter(bias, requires_grad=leaf.weight.requires_grad)
+        return {path: new}
+    safe = _safe(scale)
+    new.weight.data.copy_(weight / safe.reshape(-1, *[1] * (weight.dim() - 1)))
+    own = new.bias.detach() if new.bias is not None else torch.zeros_like(bias)
+    plain = (raw - bias) / safe + own  # what the layer gives without its batch norm
+    fresh = copy.deepcopy(norm)
+    mean, var = plain.double().mean(0), plain.double().var(0, unbiased=False)
+    fresh.running_mean.copy_(mean)
+    fresh.running_var.copy_(var)
+    fresh.weight.data.copy_(safe.double() * torch.sqrt(var + norm.eps))
+    fresh.bias.data.copy_(bias.double() + safe.double() * (mean - own.double()))
+    return {path: new, str(norm_path): fresh}
+
+
+def _affine(norm: Any, leaf: Any) -> tuple[Tensor, Tensor]:
+    """(scale, shift) of the batch norm, for the packed weight with its bias row scaled too."""
+    if norm is None:
+        ones = torch.ones(leaf.weight.shape[0], device=leaf.weight.device)
+        return ones, torch.zeros_like(ones)
+    scale = norm.weight.detach().double() * torch.rsqrt(norm.running_var.double() + norm.eps)
+    return scale.float(), (norm.bias.detach().double() - norm.running_mean.double() * scale).float()
+
+
+def _safe(scale: Tensor) -> Tensor:
+    """Scales kept away from zero: they are divided by."""
+    floor = 1e-3 * float(scale.abs().median().clamp_min(1e-6))
+    return torch.where(scale.abs() < floor, torch.full_like(scale, floor), scale)
+
+
+def choose_step(rows: Tensor, residual: Tensor, image: Tensor) -> Tensor | None:
+    """The ridge step with the strength that serves held-out images best; None if none beats leaving it alone."""
+    held = image % HELD_OUT == HELD_OUT - 1
+    if not bool(held.any()) or bool(held.all()):
+        return ridge_step(rows, residual, RIDGES[2])
+    energy = float(residual.double().square().sum())
+    if energy <= 1e-10 * len(rows):
+        return None
+    a, b = rows[~held], residual[~held]
+    c, d = rows[held], residual[held]
+    best, strength = float(d.double().square().sum()) * (1 - 1e-4), None
+    if len(a) < a.shape[1]:
+        for ridge in RIDGES[2:]:
+            error = float((d - c @ ridge_step(a, b, ridge)).double().square().sum())
+            if error < best:
+                best, strength = error, ridge
+        return None if strength is None else ridge_step(rows, residual, strength)
+    g, cross = gram(a), gram(a, b)
+    gv, crossv = gram(c), gram(c, d)
+    base = float(d.double().square().sum())
+    for ridge in RIDGES:
+        step = solve_ridge(g, cross, ridge)
+        error = base - 2 * float((step * crossv).sum()) + float((step * (gv @ step)).sum())
+        if error < best:
+            best, strength = error, ridge
+    return None if strength is None else solve_ridge(g + gv, cross + crossv, strength).to(rows.dtype)
