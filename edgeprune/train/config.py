@@ -29,7 +29,8 @@ class TrainConfig:
     batch_norm: "train" follows the batches, "frozen" keeps the running statistics.
     ema: decay of an average of the weights that is what training ends with; None is none.
     teacher_views: the original's answers are kept for this many augmented views of each sample, which are then seen
-        again and again; 0 draws a new view every epoch and asks the original every time.
+        again and again; 0 draws a new view every epoch and asks the original every time; None: a quarter of the
+        epochs, at least 4.
     """
 
     epochs: float | None = None
@@ -48,7 +49,7 @@ class TrainConfig:
     batch_norm: str = "train"
     ema: float | None = None
     augment: str = "auto"
-    teacher_views: int = 4
+    teacher_views: int | None = None
     seed: int = 0
     device: str = "auto"
     checkpoint_s: float = 30.0

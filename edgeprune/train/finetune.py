@@ -36,6 +36,7 @@ SNAPSHOT_STEPS = 20  # how far a diverged run goes back
 MAX_ROLLBACKS = 8
 DIVERGED = 3.0  # times the loss of a constant answer, or of the first step where that is larger
 ANCHOR_SAMPLES = 1024
+REPEATS = 4  # how often a view is shown in a long run, so that the original is asked for a quarter of the steps
 _SMOOTH = 0.95
 
 
@@ -63,11 +64,11 @@ def finetune(
     with torch.random.fork_rng(devices=range(torch.cuda.device_count()) if cuda else []):
         device = torch.device("cuda" if config.device == "auto" and cuda else config.device.replace("auto", "cpu"))
         home = device_of(student)
-        run = _Run(student, teacher, data, config, device, checkpoint_path, validation, started)
         try:
-            return run.train(progress)
+            run = _Run(student, teacher, data, config, device, checkpoint_path, validation, started)
+            with run.loader:
+                return run.train(progress)
         finally:
-            run.loader.shutdown(wait=False, cancel_futures=True)
             place(student, home, torch.contiguous_format)
             if teacher is not None:
                 place(teacher, home, torch.contiguous_format)
@@ -115,10 +116,9 @@ class _Run:
         )
         if note:
             self.history.notes.append(note)
-        views = config.teacher_views if self.augment else 1
-        self.teacher = None if teacher is None else Teacher(teacher, len(data), views, sample)
+        self.teacher = None if teacher is None else Teacher(teacher, len(data), sample)
         self.optimizer = optimizer_for(student, config)
-        self.average = copy.deepcopy(self._weights()) if config.ema is not None else None
+        self.average: dict[str, torch.Tensor] | None = None
         self.schedule = Schedule(0, config.warmup)
         self.lr_scale = 1.0
         self.smoothed: float | None = None
@@ -139,6 +139,8 @@ class _Run:
                 return self.history
         else:
             self._anchor()
+            if self.config.ema is not None:
+                self.average = copy.deepcopy(self._weights())
             self._evaluate()
             self.schedule.steps = self._count_steps()
         good, pending, saved_at = self._state(), self._load(self.schedule.step), time.monotonic()
@@ -290,12 +292,24 @@ class _Run:
 
     def _count_steps(self) -> int:
         config = self.config
-        if config.steps is not None:
-            return max(1, int(config.steps))
         if config.minutes is None:
-            return max(1, round((config.epochs if config.epochs is not None else 5) * self.per_epoch))
+            epochs = config.epochs if config.epochs is not None else 5
+            steps = max(1, int(config.steps) if config.steps is not None else round(epochs * self.per_epoch))
+            self._remember(steps)
+            return steps
+        self._remember(self.per_epoch)  # so that both kinds of step are measured
+        asked_s, remembered_s = self._step_times()
+        self._remember(self.pace.steps((asked_s + (REPEATS - 1) * remembered_s) / REPEATS, remembered_s, None))
         views = self.teacher.views if self.teacher is not None else 0
-        return self.pace.steps(*self._step_times(), views * self.per_epoch if views else None)
+        return self.pace.steps(asked_s, remembered_s, views * self.per_epoch if views else None)
+
+    def _remember(self, steps: int) -> None:
+        """Decide how many views the original's answers are kept for."""
+        if self.teacher is not None:
+            views = self.config.teacher_views
+            if views is None:
+                views = max(REPEATS, -(-steps // (self.per_epoch * REPEATS)))
+            self.teacher.remember(views if self.augment else 1)
 
     def _step_times(self) -> tuple[float, float]:
         """Seconds of a step with and without asking the original, medians over a few steps on copies."""
@@ -367,6 +381,7 @@ class _Run:
         self.lr_scale, self.smoothed, self.first_loss = state["lr_scale"], state["smoothed"], state["first_loss"]
         self.history = History(**state["history"])
         if self.teacher is not None and "teacher" in state:
+            self.teacher.views = state["views"]
             self.teacher.load(state["teacher"])
 
     def _save(self, state: dict[str, Any], done: bool = False) -> None:
@@ -375,4 +390,5 @@ class _Run:
         extra["evaluation_s"] = self.pace.evaluation_s
         if self.teacher is not None:
             extra["teacher"] = self.teacher.state()
+            extra["views"] = self.teacher.views
         checkpoint.save(self.path, {**state, **extra})

@@ -7,6 +7,7 @@ for whole training batches, so that an interrupted run computes the same bits.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -15,20 +16,27 @@ from torch import nn
 
 from edgeprune.train.loss import Outputs, as_outputs
 
+FEWEST = 4
 KEEP_BYTES = 64 << 20  # kept answers are part of every checkpoint
 
 
 class Teacher:
     """views: how many views are remembered, 0 for none; ``view_of`` tells which view an epoch shows."""
 
-    def __init__(self, module: nn.Module, samples: int, views: int, example: Outputs):
+    def __init__(self, module: nn.Module, samples: int, example: Outputs):
         self.module = module.eval()
-        each = sum(o[0].numel() for o in example) * 4 * samples
-        self.views = min(views, KEEP_BYTES // max(each, 1))
+        self.views = 0
         self.shapes = [tuple(o.shape[1:]) for o in example]
         self.samples = samples
         self.answers: list[list[torch.Tensor]] = []
         self.known: list[np.ndarray] = []
+
+    def remember(self, views: int) -> None:
+        """Keep the answers to so many views, or fewer where they are large, or none where few views would be left:
+        a sample seen in hardly any view is learnt by heart."""
+        each = sum(math.prod(shape) for shape in self.shapes) * 4 * self.samples
+        fit = KEEP_BYTES // max(each, 1)
+        self.views = min(views, fit) if fit >= min(views, FEWEST) else 0
 
     def view_of(self, epoch: int) -> int:
         return epoch % self.views if self.views else epoch
