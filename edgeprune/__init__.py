@@ -1,0 +1,24 @@
+"""edgeprune: a trained convolutional network meets a latency budget measured on the target."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["compress", "export", "inspect", "load", "measure", "profile", "targets"]
+
+if TYPE_CHECKING:
+    from edgeprune.api import compress, export, inspect, load, measure, profile, targets
+
+
+def __getattr__(name: str) -> Any:
+    """The verbs are loaded when they are first used, so that ``edgeprune --help`` does not wait for torch."""
+    if name in __all__:
+        from edgeprune import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module 'edgeprune' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -132,11 +132,14 @@ def _span(site: Site, channels: Channels, index: Sequence[int | None], block_of_
     kernel = site.kernel
     tensors = [*((i, name, kernel.inputs[i]) for i, name in enumerate(site.inputs)), (-1, site.output, kernel.output)]
     for tensor, name, shape in tensors:
-        labels = channels.labels.get(name)
-        if labels is None or tuple(labels.shape) != tuple(shape):
+        owner = name if name in channels.labels else name.rpartition(".")[0]  # a step inside one graph node's operator
+        if owner not in channels.labels:
             continue
-        for dim in range(len(shape)):
-            axis = _translated(channels.axis(name, dim), index)
+        sizes = channels.labels[owner].shape
+        for dim in range(min(len(shape), len(sizes))):
+            if shape[dim] != sizes[dim]:
+                continue
+            axis = _translated(channels.axis(owner, dim), index)
             if axis is not None and axis.terms:
                 found.append((tensor, dim, axis))
     block = block_of_node.get(site.anchor_output, block_of_node.get(site.output))
@@ -154,8 +157,8 @@ def _span(site: Site, channels: Channels, index: Sequence[int | None], block_of_
             dimensions.append(Dimension(tensor, dim, variables.index(direction), scale, axis.const))
         elif proportional and tensor >= 0:
             dimensions.append(Dimension(tensor, dim, 0, 1, 0))
-    sizes = {i: channels.groups[f].size for f, i in enumerate(index) if i is not None}
-    return Span(site, tuple(variables), tuple(dimensions), tuple(v.at(sizes) for v in variables), block, proportional)
+    widths = {i: channels.groups[f].size for f, i in enumerate(index) if i is not None}
+    return Span(site, tuple(variables), tuple(dimensions), tuple(v.at(widths) for v in variables), block, proportional)
 
 
 def _translated(axis: Axis, index: Sequence[int | None]) -> Axis | None:

@@ -1,0 +1,234 @@
+"""The verbs, each a page of plain calls: load, profile, compress, export, measure, inspect, targets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from edgeprune import methods
+from edgeprune.compress import job as jobs
+from edgeprune.compress.budget import parse_budget
+from edgeprune.compress.pricing import Pricing
+from edgeprune.compress.results import Comparison, Compression, Export, Inspection, Profile
+from edgeprune.compress.spans import dissect
+from edgeprune.deploy.export import to_onnx
+from edgeprune.deploy.verify import verify
+from edgeprune.device.target import find_target, list_targets, read_target
+from edgeprune.errors import DeviceError, UsageError
+from edgeprune.graph.fold import fold
+from edgeprune.graph.lift import lift
+from edgeprune.graph.load import load
+from edgeprune.graph.network import Network
+from edgeprune.progress import Callback, silent
+from edgeprune.train.config import TrainConfig
+from edgeprune.train.data import open_data
+
+__all__ = ["compress", "export", "inspect", "load", "measure", "profile", "targets"]
+
+Model = nn.Module | Network | str | Path
+Shape = Sequence[int]
+
+
+def profile(
+    model: Model | None = None,
+    *,
+    input_shape: Shape | None = None,
+    target: str = "cpu",
+    threads: int | None = None,
+    progress: Callback = silent,
+) -> Profile:
+    """Measure what a target's table lacks: its stairs, and every kernel a plan of ``model`` may contain.
+
+    Raises DeviceError when the target is unknown or does not answer. Doing it again measures nothing.
+    """
+    with Pricing(find_target(target, threads), progress) as pricing:
+        if model is not None:
+            anatomy = dissect(_network(model, input_shape))
+            pricing.start(to_onnx(anatomy.folded).SerializeToString())
+            pricing.prepare(anatomy)
+        else:
+            pricing.check()
+        return pricing.summary()
+
+
+def compress(
+    model: Model,
+    *,
+    latency: str,
+    data: Any = None,
+    test: Any = None,
+    input_shape: Shape | None = None,
+    target: str = "cpu",
+    threads: int | None = None,
+    normalize: str | None = None,
+    method: str = "cap",
+    images: int = 1024,
+    minutes: float | None = None,
+    epochs: float | None = None,
+    seed: int = 0,
+    out: str | Path | None = None,
+    progress: Callback = silent,
+) -> Compression:
+    """Shrink ``model`` until its latency, measured on the target, is within ``latency``.
+
+    model:       an nn.Module (with ``input_shape``, batch in front), a Network, or a model file
+    latency:     "10ms", "800us", "60%" of the original, "1.7x"
+    data:        a folder of images, an .npz, "file.py:function", arrays, or any iterable of batches; labels optional
+    test:        labelled data for the figures only
+    method:      how channels are ranked: a key of ``edgeprune.methods.IMPORTANCE``
+    images:      calibration images
+    minutes, epochs: length of the recovery training (default: 10 minutes; 0 is none)
+    out:         directory for the deliverables and for what lets the same call go on after an interruption
+
+    Raises BudgetUnreachableError before any work, BudgetMissedError (after writing ``out``) when the final measurement
+    lies above the budget, and the other errors of ``edgeprune.errors``.
+    """
+    budget, network = parse_budget(latency), _network(model, input_shape)
+    if method not in methods.IMPORTANCE:
+        raise UsageError(f"--method {method!r} is not known; known methods: {', '.join(sorted(methods.IMPORTANCE))}")
+    if minutes is not None and epochs is not None:
+        raise UsageError("--minutes and --epochs exclude each other; give one of them")
+    if images < 1:
+        raise UsageError(f"--images {images}: expected at least 1")
+    shape = network.input_shapes[0]
+    mean, std = _normalisation(normalize)
+    folder = Path(out) if out is not None else None
+    wanted = find_target(target, threads)
+    job = jobs.Job(
+        network=network,
+        budget=budget,
+        target=wanted,
+        data=None if data is None else open_data(data, shape, mean=mean, std=std),
+        test=None if test is None else open_data(test, shape, mean=mean, std=std),
+        method=method,
+        images=images,
+        recovery=_recovery(minutes, epochs, seed),
+        seed=seed,
+        folder=folder / "work" if folder else None,
+    )
+    with Pricing(wanted, progress) as pricing:
+        outcome = jobs.run(job, pricing, progress)
+        result = Compression.of(job, outcome, pricing)
+    if folder:
+        result.write(folder)
+    result.raise_if_missed()
+    return result
+
+
+def export(
+    model: Model, out: str | Path | None = None, *, input_shape: Shape | None = None, data: Any = None
+) -> Export:
+    """The dense ONNX file of a network: batch norms folded, verified in onnxruntime against torch.
+
+    Raises UnsupportedModelError naming an operator that has no ONNX form here, VerificationError when outputs differ.
+    """
+    network = fold(_network(model, input_shape))
+    onnx = to_onnx(network).SerializeToString()
+    verification = verify(onnx, network, [])
+    if out is not None:
+        path = Path(out)
+        if not path.parent.is_dir():
+            raise UsageError(f"--out {path}: there is no directory {path.parent}; make it first")
+        path.write_bytes(onnx)
+    return Export(str(out) if out is not None else None, onnx, verification)
+
+
+def measure(
+    *models: Model | bytes,
+    input_shape: Shape | None = None,
+    target: str = "cpu",
+    threads: int | None = None,
+    rounds: int = 40,
+    progress: Callback = silent,
+) -> Comparison:
+    """Time ONNX files (paths or bytes; or modules, which are exported first) against each other, interleaved.
+
+    The ratios are those to the first. Raises UsageError for a file that is no ONNX file, DeviceError when the runtime
+    refuses it.
+    """
+    if not models:
+        raise UsageError("measure needs at least one ONNX file")
+    named = {}
+    for i, model in enumerate(models):
+        name = str(model) if isinstance(model, (str, Path)) else f"model {i + 1}"
+        named[name if name not in named else f"{name} ({i + 1})"] = _onnx(model, input_shape)
+    with Pricing(find_target(target, threads), progress) as pricing:
+        return pricing.compare_all(named, rounds)
+
+
+def inspect(
+    model: Model,
+    *,
+    input_shape: Shape | None = None,
+    target: str = "cpu",
+    threads: int | None = None,
+    progress: Callback = silent,
+) -> Inspection:
+    """The three views of a network side by side: nodes, channel groups, and kernels with their share of the latency."""
+    anatomy = dissect(_network(model, input_shape))
+    with Pricing(find_target(target, threads), progress) as pricing:
+        original_ms = pricing.start(to_onnx(anatomy.folded).SerializeToString())
+        pricing.measure_as_it_is(anatomy)
+        return Inspection.of(anatomy, original_ms, pricing.kernel_ms)
+
+
+def targets() -> list[dict[str, str]]:
+    """Name, one-line summary and file of every target that can be named."""
+    found = []
+    for name, path in list_targets().items():
+        try:
+            summary = read_target(path).description
+        except DeviceError as error:
+            summary = f"broken: {error}"
+        found.append({"name": name, "summary": summary, "path": str(path)})
+    return found
+
+
+def _network(model: Model, input_shape: Shape | None) -> Network:
+    if isinstance(model, Network):
+        return model
+    if isinstance(model, (str, Path)):
+        return load(model, input_shapes=None if input_shape is None else [input_shape])
+    if input_shape is None:
+        raise UsageError("a module does not tell its input shape; give input_shape=(1, 3, 224, 224) or the like")
+    return lift(model, [input_shape], type(model).__name__)
+
+
+def _onnx(model: Model | bytes, input_shape: Shape | None) -> bytes:
+    if isinstance(model, bytes):
+        return model
+    if isinstance(model, (str, Path)):
+        try:
+            content = Path(model).read_bytes()
+        except OSError as error:
+            raise UsageError(f"{model}: {error.strerror or error}; expected an ONNX file") from None
+        if content[:2] == b"PK" or not content:
+            raise UsageError(f"{model}: not an ONNX file; make one with `edgeprune export {model}`")
+        return content
+    return to_onnx(fold(_network(model, input_shape))).SerializeToString()
+
+
+def _normalisation(text: str | None) -> tuple[Any, Any]:
+    """``imagenet``, ``none``, or ``m,m,m/s,s,s``."""
+    if text is None or text in ("imagenet", "none"):
+        return text, text
+    means, slash, deviations = text.partition("/")
+    try:
+        if not slash:
+            raise ValueError
+        return tuple(map(float, means.split(","))), tuple(map(float, deviations.split(",")))
+    except ValueError:
+        raise UsageError(
+            f"--normalize {text!r}: expected imagenet, none, or means and deviations m,m,m/s,s,s"
+        ) from None
+
+
+def _recovery(minutes: float | None, epochs: float | None, seed: int) -> TrainConfig | None:
+    if minutes == 0 or epochs == 0:
+        return None
+    if epochs is not None:
+        return TrainConfig(epochs=epochs, seed=seed)
+    return TrainConfig(minutes=10.0 if minutes is None else minutes, seed=seed)

@@ -1,0 +1,192 @@
+"""One compress run from beginning to end: the order of things, and nothing else."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from edgeprune.compress import workdir
+from edgeprune.compress.budget import Budget
+from edgeprune.compress.certificate import certify
+from edgeprune.compress.judging import Judge
+from edgeprune.compress.pricing import Pricing
+from edgeprune.compress.shrink import Shrunk, shrink
+from edgeprune.deploy.export import to_onnx
+from edgeprune.deploy.verify import Verification, verify
+from edgeprune.device.target import Target
+from edgeprune.graph.fold import denormals, fold
+from edgeprune.graph.network import Network
+from edgeprune.train.config import History, TrainConfig
+from edgeprune.train.config import Progress as Step
+from edgeprune.train.dataset import DataSet
+from edgeprune.train.evaluate import agreement, evaluate, output_error
+from edgeprune.train.finetune import finetune
+
+Callback = Callable[[float, float, str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What is asked.
+
+    data:     images for selection, refitting and training; None: selection looks at the weights alone
+    test:     labelled images for the figures only; without it a tenth of labelled ``data`` is held out for them
+    images:   how many of ``data`` calibrate selection and refitting
+    recovery: how to train, None not at all
+    folder:   where state is kept for the same command to go on with, None nowhere
+    """
+
+    network: Network
+    budget: Budget
+    target: Target
+    data: DataSet | None = None
+    test: DataSet | None = None
+    method: str = "cap"
+    images: int = 1024
+    recovery: TrainConfig | None = None
+    seed: int = 0
+    folder: Path | None = None
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What came out. Accuracies are top-1 in 0..1, None where unknown; latencies are ms with their spread."""
+
+    shrunk: Shrunk
+    network: Network
+    onnx: bytes
+    original_onnx: bytes
+    certificate: float
+    verification: Verification
+    comparison: Any
+    budget_ms: float
+    accuracy: dict[str, float | None]
+    similarity: dict[str, float | None]
+    history: History | None
+    seconds: dict[str, float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+
+def run(job: Job, pricing: Pricing, progress: Callback) -> Outcome:
+    """Compress ``job.network``. Raises every error of the tree in errors.py but UsageError for options."""
+    clock = _Stopwatch()
+    warnings: list[str] = []
+    original = job.network
+    original.module.eval()
+    training, held_out = _splits(job)
+    calibration = _calibration(training, job.images, job.seed)
+    key = workdir.digest(original, _options(job, pricing), calibration[:1])
+    with clock("export"):
+        original_onnx = to_onnx(fold(original)).SerializeToString()
+    with clock("measure original"):
+        original_ms = pricing.start(original_onnx)
+    budget_ms = job.budget.ms(original_ms)
+    if training is None:
+        warnings.append(
+            "no --data: channels were chosen by their weights alone and nothing was recovered; "
+            "with --data FOLDER of images like those the network will see, far more accuracy is kept"
+        )
+    if count := denormals(original):
+        warnings.append(f"{count} denormal weights, which slow a runtime several times over, were set to zero")
+    with clock("shrink"):
+        shrunk = workdir.recall(job.folder, key, original) if job.folder else None
+        if shrunk is None:
+            judge = Judge(original, job.method, calibration, progress)
+            shrunk = shrink(
+                original, original_ms, budget_ms, pricing, judge.judge, judge.repair, pricing.clock, progress
+            )
+            if job.folder:
+                workdir.store(job.folder, key, shrunk)
+    network = shrunk.network.copy()
+    accuracy = {"original": _accuracy(original, held_out), "shrunk": _accuracy(network, held_out)}
+    history = None
+    with clock("recover"):
+        if job.recovery is not None and training is not None:
+            checkpoint = job.folder / f"training-{key}.pt" if job.folder else None
+            history = _recover(original, network, training, job.recovery, checkpoint, progress)
+            warnings += history.notes
+    accuracy["final"] = _accuracy(network, held_out) if history else accuracy["shrunk"]
+    similarity = _similarity(original, network, held_out or training)
+    with clock("export"):
+        certificate = certify(original, shrunk.recipe)
+        folded = fold(network)
+        onnx = to_onnx(folded).SerializeToString()
+        verification = verify(onnx, folded, calibration[:1])
+    with clock("measure"):
+        comparison = pricing.compare(original_onnx, onnx)
+    return Outcome(
+        shrunk, network, onnx, original_onnx, certificate, verification, comparison, budget_ms, accuracy, similarity,
+        history, clock.seconds, warnings,
+    )  # fmt: skip
+
+
+def _splits(job: Job) -> tuple[DataSet | None, DataSet | None]:
+    """(what may be learnt from, what figures are taken on): disjoint."""
+    if job.data is None or job.test is not None or not job.data.labelled or len(job.data) < 20:
+        return job.data, job.test
+    return job.data.split(0.1, job.seed)
+
+
+def _calibration(data: DataSet | None, images: int, seed: int) -> list[torch.Tensor]:
+    if data is None:
+        return []
+    return [x for x, _ in data.batches(64, shuffle_seed=seed, limit=images)]
+
+
+def _options(job: Job, pricing: Pricing) -> dict[str, Any]:
+    return {
+        "budget": job.budget.text,
+        "fingerprint": pricing.fingerprint,
+        "method": job.method,
+        "images": job.images,
+        "seed": job.seed,
+        "data": None if job.data is None else [job.data.name, len(job.data)],
+    }
+
+
+def _recover(
+    original: Network, network: Network, data: DataSet, config: TrainConfig, checkpoint: Path | None, progress: Callback
+) -> History:
+    def report(step: Step) -> None:
+        progress(step.step, step.steps, f"training, loss {step.loss:.3f},")
+
+    teacher = copy.deepcopy(original.module)
+    return finetune(network.module, teacher, data, config, checkpoint, report)
+
+
+def _accuracy(network: Network, data: DataSet | None) -> float | None:
+    return None if data is None else evaluate(network.module, data)
+
+
+def _similarity(original: Network, network: Network, data: DataSet | None) -> dict[str, float | None]:
+    if data is None:
+        return {"agreement": None, "output_error": None}
+    return {
+        "agreement": agreement(network.module, original.module, data, limit=2000),
+        "output_error": output_error(network.module, original.module, data, limit=2000),
+    }
+
+
+class _Stopwatch:
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def __call__(self, stage: str) -> _Stage:
+        return _Stage(self.seconds, stage)
+
+
+class _Stage:
+    def __init__(self, seconds: dict[str, float], name: str):
+        self.seconds, self.name = seconds, name
+
+    def __enter__(self) -> None:
+        self.start = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds[self.name] = self.seconds.get(self.name, 0.0) + time.monotonic() - self.start

@@ -1,0 +1,193 @@
+"""What latency costs on one target, for one network: the table filled as needed, calibrated, and whole timings.
+
+Prices are on the quiet device that the table's rows are told for. Whole networks are timed next to the original, in
+interleaved rounds, and told as its share: on a noisy machine ratios hold where milliseconds drift.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+import onnx
+
+from edgeprune.compress.apply import apply_plan
+from edgeprune.compress.problem import Widths, attainable, group_candidates, needed_kernels
+from edgeprune.compress.spans import Anatomy, Span
+from edgeprune.deploy.export import to_onnx
+from edgeprune.device.device import connect
+from edgeprune.device.target import Target
+from edgeprune.errors import TableError
+from edgeprune.graph.fold import fold
+from edgeprune.graph.network import Network
+from edgeprune.latency.calibrate import calibrate
+from edgeprune.latency.fusion import sites
+from edgeprune.latency.kernel import Kernel
+from edgeprune.latency.networks import Timings, measure_networks
+from edgeprune.latency.predict import LatencyModel
+from edgeprune.latency.stairs import edges, lattice, line_counts, line_rows
+from edgeprune.latency.sweep import SweepStats, profile
+from edgeprune.latency.table import open_table
+from edgeprune.plan.problem import Plan
+
+Callback = Callable[[float, float, str], None]
+
+CALIBRATIONS = 8  # random networks of the same kind, timed whole
+FULL_GRID = 40  # a two-axis span with this many combinations or fewer is measured whole
+
+
+@dataclass(slots=True)
+class Tally:
+    """What one ``Pricing`` measured: kernels, whole networks."""
+
+    known: int = 0
+    measured: int = 0
+    failed: int = 0
+    networks: int = 0
+
+    def add(self, stats: SweepStats) -> None:
+        self.known += stats.known
+        self.measured += stats.measured
+        self.failed += stats.failed
+
+
+@dataclass(slots=True)
+class Pricing:
+    """Use as a context manager. ``start`` with the original before timing anything else whole."""
+
+    target: Target
+    progress: Callback
+    tally: Tally = field(default_factory=Tally)
+
+    def __post_init__(self) -> None:
+        self.device = connect(self.target)
+        try:
+            self.table = open_table(self.device.fingerprint)
+        except BaseException:
+            self.device.close()
+            raise
+        self.model = LatencyModel(self.table, self.target.fusion)
+        self.block = self.target.fusion.block or 1
+        self.original: bytes | None = None
+        self.original_ms = 0.0
+        self._candidates: dict[str, Widths] = {}
+
+    def __enter__(self) -> Pricing:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.device.close()
+
+    @property
+    def fingerprint(self) -> dict[str, object]:
+        return asdict(self.device.fingerprint)
+
+    def start(self, original: bytes) -> float:
+        """Take ``original`` as what other networks are timed against; its latency in ms."""
+        self.original = original
+        timing = self._time({"original": original}).networks["original"]
+        self.original_ms = timing.median_ms
+        return self.original_ms
+
+    def prepare(self, anatomy: Anatomy) -> Sequence[Widths]:
+        """Measure what planning ``anatomy`` lacks; the candidate widths of its groups.
+
+        The first network prepared decides the candidates, where its measured stairs end; networks cut from it keep
+        those that still fit.
+        """
+        if not self._candidates:
+            self._measure(line_rows(anatomy.spans, self.block), "measuring stairs")
+            found = group_candidates(anatomy, self._edges)
+            self._candidates = {g.name: w for g, w in zip(anatomy.channels.groups, found, strict=True)}
+        groups = anatomy.channels.groups
+        candidates = [
+            tuple(sorted({w for w in self._candidates.get(g.name, ()) if w < g.size} | {g.size})) for g in groups
+        ]
+        self._measure(self._lattices(anatomy, candidates), "measuring kernels")
+        self._measure(self.model.missing(list(needed_kernels(anatomy, candidates).values())), "measuring kernels")
+        return candidates
+
+    def calibrate(self, anatomy: Anatomy, candidates: Sequence[Widths]) -> None:
+        """Time the network and random plans of it whole, once for each network, so that sums of kernels come out
+        right. The same networks are drawn every time, so that doing it again measures nothing."""
+        drawn = [anatomy.folded, *(_random_network(anatomy, candidates, seed) for seed in range(CALIBRATIONS))]
+        models: dict[str, bytes] = {}
+        kernels: dict[str, list[str]] = {}
+        for number, network in enumerate(drawn):
+            self.progress(number, 2 * len(drawn), "calibrating")
+            model = to_onnx(network)
+            parts = sites(model, self.target.fusion)
+            self._measure(self.model.missing([s.kernel for s in parts]), "measuring kernels")
+            kernels[str(number)] = [s.kernel.key() for s in parts]
+            models[str(number)] = model.SerializeToString()
+        known = {row.keys for row in self.table.networks.values()}
+        missing = {n: k for n, k in kernels.items() if tuple(k) not in known}
+        if missing:
+            self._measure([Kernel.from_key(key) for keys in missing.values() for key in keys], "measuring kernels")
+            calibrate(self.device, self.table, {n: models[n] for n in missing}, missing)
+            self.tally.networks += len(missing)
+
+    def measure_as_it_is(self, anatomy: Anatomy) -> None:
+        """Measure the kernels of the network itself, and nothing for planning."""
+        self._measure([span.site.kernel for span in anatomy.spans], "measuring kernels")
+
+    def kernel_ms(self, kernel: Kernel) -> float:
+        """A kernel's part of a network's latency. Raises TableError naming it when the table cannot price it."""
+        return self.model.price(kernel)
+
+    def constant_ms(self) -> float:
+        return self.model.calibration.constant_ms
+
+    def predict(self, model: onnx.ModelProto) -> float:
+        """Calibrated latency in ms of a whole network from the table alone."""
+        return self.model.network(model)
+
+    def clock(self, network: Network) -> float:
+        """Milliseconds of a network as it would ship, timed whole: its measured share of the original's."""
+        if self.original is None:
+            raise TableError("nothing to time against; start the pricing with the original network first")
+        onnx_bytes = to_onnx(fold(network)).SerializeToString()
+        timings = self._time({"original": self.original, "candidate": onnx_bytes})
+        return timings.ratio("candidate", "original").value * self.original_ms
+
+    def compare(self, models: Mapping[str, bytes], rounds: int | None = None) -> Timings:
+        """Time serialised ONNX models against each other, interleaved."""
+        return self._time(models, rounds)
+
+    def _time(self, models: Mapping[str, bytes], rounds: int | None = None) -> Timings:
+        self.tally.networks += len(models)
+        return measure_networks(self.device, models, rounds)
+
+    def _measure(self, kernels: Sequence[Kernel], what: str) -> None:
+        if kernels:
+            stats = profile(self.device, self.table, kernels, lambda done, total: self.progress(done, total, what))
+            self.tally.add(stats)
+
+    def _edges(self, span: Span, variable: int) -> Sequence[int]:
+        return edges(self.model, span, variable, line_counts(span.full[variable], 1, self.block))
+
+    def _lattices(self, anatomy: Anatomy, candidates: Sequence[Widths]) -> list[Kernel]:
+        """For every span the combinations of its candidate counts, thinned where there are many."""
+        rows: dict[Kernel, None] = {}
+        for span in anatomy.spans:
+            counts = [attainable(axis, candidates) for axis in span.variables]
+            if len(counts) == 2 and len(counts[0]) * len(counts[1]) > FULL_GRID:
+                counts = [tuple(lattice(c, block=self.block)) for c in counts]
+            for combination in itertools.product(*counts):
+                rows[span.at(combination)] = None
+        return list(rows)
+
+
+def _random_network(anatomy: Anatomy, candidates: Sequence[Widths], seed: int) -> Network:
+    """A folded network with random candidate widths and up to half of its blocks removed."""
+    rng = np.random.default_rng((seed, 5))
+    groups = anatomy.channels.groups
+    keep = {}
+    for group, widths in zip(groups, candidates, strict=True):
+        width = int(rng.choice(widths))
+        keep[group.name] = tuple(range(width))
+    share = rng.uniform(0, 0.5)
+    removed = tuple(b.name for b in anatomy.blocks if rng.random() < share)
+    return fold(apply_plan(anatomy.network, Plan({}, removed=removed, keep=keep)))

@@ -1,0 +1,62 @@
+"""What a compress run leaves for the next call of the same command: the shrunk network, and training checkpoints.
+
+Every file carries the key of the run: a digest of the network, the data and the options that decide the result. A file
+with another key is of another run and is ignored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from edgeprune.compress.apply import apply_recipe
+from edgeprune.compress.shrink import Shrunk
+from edgeprune.graph.network import Network
+from edgeprune.plan.problem import Recipe
+
+VERSION = 1
+
+
+def digest(network: Network, options: dict[str, Any], samples: Iterable[torch.Tensor]) -> str:
+    """Key of a run, 16 hexadecimal digits."""
+    state = hashlib.sha256(json.dumps({"version": VERSION, **options}, sort_keys=True).encode())
+    state.update(str(network.module.graph).encode())
+    for tensor in (*network.module.state_dict().values(), *samples):
+        state.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return state.hexdigest()[:16]
+
+
+def store(folder: Path, key: str, shrunk: Shrunk) -> None:
+    """Keep a shrunk network; after a crash the folder holds the old state or the new one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {
+        "key": key,
+        "recipe": shrunk.recipe.to_json(),
+        "predicted_ms": shrunk.predicted_ms,
+        "measured_ms": shrunk.measured_ms,
+        "rounds": shrunk.rounds,
+        "weights": shrunk.network.module.state_dict(),
+    }
+    part = folder / "shrunk.pt.part"
+    torch.save(state, part)
+    os.replace(part, folder / "shrunk.pt")
+
+
+def recall(folder: Path, key: str, original: Network) -> Shrunk | None:
+    """The shrunk network of the run with this key, or None."""
+    try:
+        state = torch.load(folder / "shrunk.pt", weights_only=True)
+        if state["key"] != key:
+            return None
+        recipe = Recipe.from_json(state["recipe"])
+        network = apply_recipe(original, recipe)
+        network.module.load_state_dict(state["weights"])
+        return Shrunk(recipe, network, state["predicted_ms"], state["measured_ms"], state["rounds"], ())
+    except Exception:  # whatever is wrong with a kept file, the run can be done again
+        return None
