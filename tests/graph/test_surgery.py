@@ -162,6 +162,22 @@ def test_a_shared_parameter_is_cut_once_and_stays_shared():
     assert convs[0].weight.shape == (3, 4, 3, 3)
 
 
+def test_a_weight_that_is_also_used_bare_stays_whole():
+    class Autoencoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.inner, self.head = nn.Conv2d(3, 8, 3, 2), nn.Linear(8, 6), nn.Linear(8, 2)
+
+        def forward(self, x):
+            y = torch.relu(self.stem(x)).mean((2, 3))
+            return self.head(torch.relu(self.inner(y)) @ self.inner.weight + y)
+
+    network = lift(Autoencoder().eval(), [(1, 3, 16, 16)])
+    channels = analyse(network)
+    assert channels.groups == ()
+    assert cut_error(network, channels, {}) == 0
+
+
 def test_a_cut_network_trains_and_takes_any_batch():
     network, channels = composed(["depthwise", "residual"], flatten=False)
     small = cut(network, channels, random_keep(channels, 0, 0.5)).module
