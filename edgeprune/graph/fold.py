@@ -35,6 +35,7 @@ _NO_OPS = (aten.contiguous.default, aten.clone.default, aten.alias.default, aten
 _IDEMPOTENT = (aten.relu.default, aten.hardtanh.default, aten.relu6.default, aten.abs.default)
 _MUL, _ADD = aten.mul.Tensor, aten.add.Tensor
 _DIV, _SUB = aten.div.Tensor, aten.sub.Tensor
+_RSUBS = (aten.rsub.Scalar, aten.rsub.Tensor)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +163,7 @@ class _Folder:
         """The one activation that ``node`` reads, if it can be a per-channel affine map of it."""
         if self._is_norm(node):
             return node.all_input_nodes[0]
-        if node.op != "call_function" or node.target not in (_MUL, _ADD, _DIV, _SUB):
+        if node.op != "call_function" or node.target not in (_MUL, _ADD, _DIV, _SUB, *_RSUBS):
             return None
         if set(node.kwargs) - {"alpha"} or len(node.args) != 2:
             return None
@@ -197,6 +198,8 @@ class _Folder:
         if node.target is _DIV:
             return _Affine(1 / value, zero)
         alpha: Any = node.kwargs.get("alpha", 1)
+        if node.target in _RSUBS:
+            return _Affine(-one * alpha, value)
         if node.target is _ADD:
             return _Affine(one, alpha * value) if node.args[1] is other else _Affine(one * alpha, value)
         return _Affine(one, -alpha * value) if node.args[1] is other else _Affine(-one * alpha, value)
