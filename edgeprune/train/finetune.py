@@ -91,6 +91,7 @@ class _Run:
         self.validation = validation if validation is not None and validation.labelled else None
         self.identity = identity_of(student, teacher, data, config)
         self.batch_size = min(config.batch_size, len(data))
+        self.batch_norm = config.batch_norm if self.batch_size > 1 else "frozen"  # one sample has no statistics
         self.per_epoch = len(data) // self.batch_size
         self.history = History()
         self.pace = Pace(config, started)
@@ -183,7 +184,7 @@ class _Run:
         positions, view = self._positions(step)
         torch.manual_seed((self.config.seed << 32) + step)  # dropout
         answers = None if self.teacher is None else self.teacher.answer(x, view, positions)
-        training_mode(module, self.config.batch_norm)
+        training_mode(module, self.batch_norm)
         loss = self.objective(as_outputs(module(x)), answers, y)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -268,7 +269,7 @@ class _Run:
     def _anchor(self) -> None:
         """Anchor the batch norms where the student is better with its running statistics than with a batch's own: it
         was refitted. Where it is not, the batch's own are the repair."""
-        if self.config.batch_norm != "train" or not norms(self.student):
+        if self.batch_norm != "train" or not norms(self.student):
             return
         chunks = np.array_split(self.data.order(self.config.seed)[:ANCHOR_SAMPLES], ANCHOR_SAMPLES // 128)
         running = batch = 0.0

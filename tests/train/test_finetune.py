@@ -181,8 +181,9 @@ def test_a_machine_that_turns_slow_shortens_the_run(teacher):
     assert history.seconds < 1.5 * 3
 
 
-def test_fewer_samples_than_a_batch(teacher):
-    history = finetune(network(6, 1), teacher, samples(5, 0), TrainConfig(epochs=3))
+@pytest.mark.parametrize("count", [1, 5])
+def test_fewer_samples_than_a_batch(teacher, count):
+    history = finetune(network(6, 1), teacher, samples(count, 0), TrainConfig(epochs=3))
     assert (history.steps, history.epochs) == (3, 3.0)
 
 
