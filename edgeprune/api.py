@@ -11,8 +11,9 @@ from torch import nn
 from edgeprune import methods
 from edgeprune.compress import job as jobs
 from edgeprune.compress.budget import parse_budget
+from edgeprune.compress.inspection import Inspection
 from edgeprune.compress.pricing import Pricing
-from edgeprune.compress.results import Comparison, Compression, Export, Inspection, Profile
+from edgeprune.compress.results import Comparison, Compression, Export, Profile
 from edgeprune.compress.spans import dissect
 from edgeprune.deploy.export import to_onnx
 from edgeprune.deploy.verify import verify
@@ -47,11 +48,14 @@ def profile(
     with Pricing(find_target(target, threads), progress) as pricing:
         if model is not None:
             anatomy = dissect(_network(model, input_shape))
-            pricing.start(to_onnx(anatomy.folded).SerializeToString())
-            pricing.prepare(anatomy)
+            pricing.calibrate(anatomy, pricing.prepare(anatomy))
         else:
             pricing.check()
-        return pricing.summary()
+        tally, table = pricing.tally, pricing.table
+        return Profile(
+            target, pricing.fingerprint, str(table.path), len(table.rows), tally.known, tally.measured, tally.failed,
+            tally.networks,
+        )  # fmt: skip
 
 
 def compress(
@@ -156,7 +160,7 @@ def measure(
         name = str(model) if isinstance(model, (str, Path)) else f"model {i + 1}"
         named[name if name not in named else f"{name} ({i + 1})"] = _onnx(model, input_shape)
     with Pricing(find_target(target, threads), progress) as pricing:
-        return pricing.compare_all(named, rounds)
+        return Comparison(pricing.compare(named, rounds))
 
 
 def inspect(

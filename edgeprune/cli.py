@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from edgeprune import __version__
@@ -168,9 +169,9 @@ def _compress(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
     if options.minutes is not None and options.epochs is not None:
         raise UsageError("--minutes and --epochs exclude each other; give one of them")
-    return api.compress_file(
-        options.model,
-        network=_load(options),
+    shown = Progress()
+    result = api.compress(
+        _load(options),
         latency=options.latency,
         target=options.target,
         threads=options.threads,
@@ -182,9 +183,17 @@ def _compress(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         minutes=options.minutes,
         epochs=options.epochs,
         seed=options.seed,
-        out=options.out,
-        progress=Progress(),
+        out=options.out or _folder(options.model, options.latency),
+        progress=shown,
     )
+    shown.clear()
+    return result.to_dict(), result.text()
+
+
+def _folder(model: str, latency: str) -> str:
+    """MODEL-BUDGET beside the model."""
+    path = Path(model)
+    return str(path.with_name(f"{path.stem}-{latency.strip().replace('%', 'pct')}"))
 
 
 def _profile(options: argparse.Namespace) -> tuple[dict[str, Any], str]:

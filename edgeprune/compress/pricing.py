@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import onnx
@@ -53,16 +53,12 @@ class Tally:
         self.failed += stats.failed
 
 
-@dataclass(slots=True)
 class Pricing:
     """Use as a context manager. ``start`` with the original before timing anything else whole."""
 
-    target: Target
-    progress: Callback
-    tally: Tally = field(default_factory=Tally)
-
-    def __post_init__(self) -> None:
-        self.device = connect(self.target)
+    def __init__(self, target: Target, progress: Callback):
+        self.target, self.progress, self.tally = target, progress, Tally()
+        self.device = connect(target)
         try:
             self.table = open_table(self.device.fingerprint)
         except BaseException:
@@ -83,6 +79,10 @@ class Pricing:
     @property
     def fingerprint(self) -> dict[str, object]:
         return asdict(self.device.fingerprint)
+
+    def check(self) -> None:
+        """Ask the device who it is, so that one that does not answer is known at once."""
+        self.device.fingerprint  # noqa: B018
 
     def start(self, original: bytes) -> float:
         """Take ``original`` as what other networks are timed against; its latency in ms."""

@@ -62,15 +62,15 @@ def shrink(
     original_ms: float,
     budget_ms: float,
     prices: Prices,
-    judge: Callable[[Network, Anatomy], Judgement],
-    repair: Callable[[Network], Network],
+    judge: Callable[[State, Anatomy], Judgement],
+    repair: Callable[[State], Network],
     clock: Callable[[Network], float],
     progress: Callable[[float, float, str], None],
 ) -> Shrunk:
     """Cut ``original`` until ``clock`` (ms of a network timed whole) is within ``budget_ms``.
 
-    judge:  (network as it is now, its anatomy) -> Judgement against the original's outputs
-    repair: network -> the same with its weights refitted to the original's responses
+    judge:  (what was done so far, the anatomy of its network) -> Judgement against the original's outputs
+    repair: what was done so far -> its network with weights refitted to the original's responses
     Raises BudgetUnreachableError before any other work, BudgetMissedError when no plan measures within the budget.
     """
     anatomy = dissect(original)
@@ -81,15 +81,15 @@ def shrink(
     state = State(original)
     for step in range(1, rounds):
         progress(step - 1, rounds, "planning")
-        judgement = judge(state.network, anatomy)
+        judgement = judge(state, anatomy)
         target_ms = original_ms * (budget_ms / original_ms) ** (step / rounds) / correction
         plan = solve(_problem(anatomy, candidates, prices, judgement, target_ms))
         state = advance(state, plan, judgement.rankings)
-        state = replace(state, network=repair(state.network))
+        state = replace(state, network=repair(state))
         anatomy = dissect(state.network)
-        candidates = _narrowed(prices.prepare(anatomy), anatomy)
+        candidates = prices.prepare(anatomy)
     progress(rounds - 1, rounds, "planning")
-    judgement = judge(state.network, anatomy)
+    judgement = judge(state, anatomy)
 
     def measure(plan: Plan) -> float:
         return clock(advance(state, plan, judgement.rankings).network)
@@ -103,7 +103,7 @@ def shrink(
     state = advance(state, fitted.plan, judgement.rankings)
     return Shrunk(
         state.recipe,
-        repair(state.network),
+        repair(state),
         float(fitted.plan.predicted_ms or 0.0),
         fitted.measured_ms,
         rounds,
@@ -143,7 +143,3 @@ def _refuse_unreachable(
             f"still takes {floor_ms:.4g} ms ({100 * floor_ms / original_ms:.0f}% of {original_ms:.4g} ms); "
             f"ask for --latency {math.ceil(100 * floor_ms / original_ms) + 1}% or more"
         )
-
-
-def _narrowed(candidates: Sequence[Widths], anatomy: Anatomy) -> Sequence[Widths]:
-    return [tuple(w for w in ws if w <= g.size) for ws, g in zip(candidates, anatomy.channels.groups, strict=True)]

