@@ -62,6 +62,7 @@ def _entering(t: Tracer, node: fx.Node, x: Labels, axis: int) -> np.ndarray:
 
 
 def _convolution(t: Tracer, node: fx.Node, module: Any, x: Labels) -> Labels:
+    """Plain, grouped, depthwise; transposed ones have their weight as (in, out / groups, ...)."""
     ids, groups = _entering(t, node, x, 1), module.groups
     transposed = isinstance(module, CONV_TRANSPOSES)
     in_dim, out_dim = (0, 1) if transposed else (1, 0)

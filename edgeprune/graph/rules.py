@@ -16,6 +16,7 @@ from edgeprune.graph.tracer import Tracer
 
 
 def size(t: Tracer, node: fx.Node) -> Any:
+    """Numbers are computed as they are. One that counts channels may lead anywhere, so those are frozen."""
     args, kwargs = node.args, node.kwargs
     if node.target is torch.ops.aten.sym_size.int:
         x = t.env[args[0]]  # type: ignore[index]
@@ -56,6 +57,8 @@ def elementwise(t: Tracer, node: fx.Node) -> Labels | None:
 
 
 def channelwise(t: Tracer, node: fx.Node) -> Labels | None:
+    """Norms, prelu, glu: labels pass, and the operator's own parameters have the same labels. A norm over channels
+    takes its statistics over the kept ones, in the cut network as in the oracle."""
     name, args = ops.name_of(node.target), arguments(node)
     x: Labels = t.env[args["self"] if "self" in args else args["input"]]
     if x.axis is None or x.ids is None:
@@ -101,6 +104,7 @@ def pooling(t: Tracer, node: fx.Node) -> Any:
 
 
 def reduction(t: Tracer, node: fx.Node) -> Any:
+    """Over other dims labels pass. Over channels only a sum is the same with the masked ones as without them."""
     shape = t.shapes.get(node.name)
     values = t.tensors(node.all_input_nodes[0])
     args = arguments(node)
@@ -119,6 +123,7 @@ def reduction(t: Tracer, node: fx.Node) -> Any:
 
 
 def along_dim(t: Tracer, node: fx.Node) -> Any:
+    """Labels pass unless the operator works along them."""
     (x,) = t.tensors(node.all_input_nodes[0])
     dim = arguments(node).get("dim")
     if node.name not in t.shapes or not isinstance(dim, int) or x.axis in (None, dim % len(x.shape)):
@@ -129,7 +134,8 @@ def along_dim(t: Tracer, node: fx.Node) -> Any:
 def factory(t: Tracer, node: fx.Node) -> Any:
     """A constant has no channels of its own: those along dim 1 (or its only one) follow whatever they meet."""
     shape = t.shapes.get(node.name)
-    if not shape or any(t.tensors(n) for n in node.all_input_nodes):
+    model = arguments(node).get("self")  # new_zeros(x, ...) takes nothing but its type from x
+    if not shape or any(t.tensors(n) for n in node.all_input_nodes if n is not model):
         return t.refuse(node)
     axis = min(1, len(shape) - 1)
     if isinstance(arguments(node)["size"][axis], fx.Node):

@@ -16,6 +16,8 @@ from edgeprune.graph.tracer import Tracer
 
 
 def structural(t: Tracer, node: fx.Node) -> Any:
+    """Run the operator on integers that stand for its input's elements. Joins and pads are done without, since
+    they would write out all of a map's positions."""
     name = ops.name_of(node.target)
     inputs = [v for n in node.all_input_nodes for v in t.tensors(n)]
     if all(v.axis is None for v in inputs):
@@ -83,6 +85,7 @@ def _size_is_computed(t: Tracer, node: fx.Node, name: str, out: Labels) -> bool:
 
 
 def _cat(t: Tracer, node: fx.Node) -> Labels | None:
+    """Along the channels: one after the other. Along another dim: the pieces' channels are the same."""
     args = arguments(node)
     pieces = [v for n in args["tensors"] for v in t.tensors(n)]
     dim = int(args["dim"]) % len(t.shapes[node.name])
@@ -95,6 +98,7 @@ def _cat(t: Tracer, node: fx.Node) -> Labels | None:
 
 
 def _stack(t: Tracer, node: fx.Node) -> Labels | None:
+    """Along a dim that did not exist: the pieces' channels are the same."""
     args = arguments(node)
     pieces = [v for n in args["tensors"] for v in t.tensors(n)]
     dim = int(args["dim"]) % len(t.shapes[node.name])

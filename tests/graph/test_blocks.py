@@ -61,10 +61,7 @@ def test_a_residual_block_is_found_with_everything_that_dies_with_it():
 def test_every_block_of_a_resnet(projection):
     network = lifted(20, projection)
     blocks = find_blocks(network)
-    assert [b.name for b in blocks] == [f"layer{s}.{b}" for s in (1, 2, 3) for b in (0, 1, 2)] or [
-        b.name for b in blocks if ".0" not in b.name
-    ] == [f"layer{s}.{b}" for s in (1, 2, 3) for b in (1, 2)]
-    assert len(blocks) == 9
+    assert [b.name for b in blocks] == [f"layer{s}.{b}" for s in (1, 2, 3) for b in (0, 1, 2)]
     first_of_stage_2 = blocks[3]
     assert {"layer2.0.conv1", "layer2.0.conv2"} <= modules_in(network, first_of_stage_2)
     assert not any("shortcut" in m for b in blocks for m in modules_in(network, b))
