@@ -93,12 +93,14 @@ class _Writer:
         self.emitter = Emitter(network.origin, [n.name for n in network.module.graph.nodes])
         self.values: dict[fx.Node, Any] = {}
         self.inputs: list[Edge] = []
+        weights = (p.dtype for p in self.module.parameters() if p.is_floating_point())
+        self.dtype = next(weights, torch.float32)  # inputs have the precision of the weights
 
     def written(self) -> list[Edge]:
         for node in self.module.graph.nodes:
             if node.op == "placeholder":
                 shape = self.network.input_shapes[len(self.inputs)]
-                edge = Edge(node.name, torch.empty(1, *shape[1:], device="meta"))
+                edge = Edge(node.name, torch.empty(1, *shape[1:], dtype=self.dtype, device="meta"))
                 self.inputs.append(edge)
                 self.emitter.edges[edge.name] = edge
                 self.values[node] = edge
