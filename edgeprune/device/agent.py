@@ -124,26 +124,31 @@ def spend(session, binding, milliseconds, least, inner=1, threads=1):
 
 
 def measure_kernels(job, blobs):
-    """Per-node microseconds of one model from the runtime's profiler, and its whole time without the profiler."""
+    """Per-node microseconds of one model from the runtime's profiler. With ``compare`` a second session without the
+    profiler takes turns with the first, so that the profiler's own cost shows."""
     import numpy as np
     import onnxruntime as ort
 
     folder = tempfile.mkdtemp(prefix="edgeprune-")
+    threads = int(job["threads"])
     try:
-        options = session_options(job)
-        options.enable_profiling = True
-        options.profile_file_prefix = os.path.join(folder, "p")
-        weights = add_weights(options, job["weights"])
-        session = ort.InferenceSession(blobs[0], options, providers=[job["provider"]])
-        binding, held = bound(session)
+        ready = []
+        for profiled in (True, False) if job["compare"] else (True,):
+            options = session_options(job)
+            options.enable_profiling = profiled
+            options.profile_file_prefix = os.path.join(folder, "p")
+            weights = add_weights(options, job["weights"])
+            session = ort.InferenceSession(blobs[0], options, providers=[job["provider"]])
+            ready.append((session, *bound(session), weights))
         gc.disable()
-        threads = int(job["threads"])
-        warm = len(spend(session, binding, job["warmup_ms"], 3))
-        profiled = spend(session, binding, job["time_ms"], job["least"], 1, threads)
-        with open(session.end_profiling(), "rb") as file:
+        warm = [len(spend(session, binding, job["warmup_ms"], 3)) for session, binding, _, _ in ready]
+        taken: list = [[] for _ in ready]
+        end = time.perf_counter() + job["time_ms"] / 1e3
+        while time.perf_counter() < end or len(taken[0]) < job["least"]:
+            for (session, binding, _, _), samples in zip(ready, taken):
+                samples.append(sample(session, binding, 1, threads))
+        with open(ready[0][0].end_profiling(), "rb") as file:
             events = [e for e in json.load(file) if e.get("cat") == "Node" and e["name"].endswith("_kernel_time")]
-        whole = spend(session, binding, job["whole_ms"], job["least"], 1, threads)
-        del weights, held
         nodes: list = []
         for event in events:
             if nodes and event["args"].get("node_index") == nodes[0][2]:
@@ -151,10 +156,10 @@ def measure_kernels(job, blobs):
             nodes.append((event["name"][: -len("_kernel_time")], event["args"]["op_name"], event["args"]["node_index"]))
         if not nodes or len(events) % len(nodes):
             raise RuntimeError("%d profile events do not divide into runs of %d nodes" % (len(events), len(nodes)))
-        micros = np.array([e["dur"] for e in events], np.int32).reshape(-1, len(nodes))[warm:]
+        micros = np.array([e["dur"] for e in events], np.int32).reshape(-1, len(nodes))[warm[0] :]
         answer = {"nodes": [[name, op] for name, op, _ in nodes], "runs": len(micros)}
-        answer["interrupted"] = [int(flag) for _, flag in profiled]
-        answer["whole"] = [[seconds, int(flag)] for seconds, flag in whole]
+        answer["interrupted"] = [int(flag) for _, flag in taken[0]]
+        answer["whole"] = [[seconds, int(flag)] for seconds, flag in taken[-1]] if job["compare"] else []
         return answer, [micros.tobytes()]
     finally:
         gc.enable()

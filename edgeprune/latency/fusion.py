@@ -184,20 +184,13 @@ class _Walk:
             if kernel.blocked:
                 if other not in self.blocked:
                     continue
-            elif not self.plain_residual(node, data, other):
+            elif self.fusion.block and all(name in self.blocked for name in data):
                 continue
             kernel.letters.append(self.read(other, kernel.blocked))
             kernel.inputs.append(other)
             self.extend(kernel, node, "Add")
             return True
         return False
-
-    def plain_residual(self, node: onnx.NodeProto, data: list[str], other: str) -> bool:
-        """Outside the blocked layout a sum is fused only together with the Relu behind it."""
-        if self.fusion.block and all(name in self.blocked for name in data):
-            return False
-        readers = self.graph.readers(node.output[0])
-        return len(readers) == 1 and self.graph.uses(node.output[0]) == 1 and readers[0].op_type == "Relu"
 
     def fuse_activation(self, node: onnx.NodeProto, data: list[str]) -> bool:
         if len(data) != 1:
@@ -282,11 +275,12 @@ class _Walk:
         io = "".join(kernel.letters) + ">" + ("p" if shown_plain else "b")
         if self.fusion.block and set(io) - {"b", ">"}:
             kernel.attrs["io"] = io
+        nodes = [twin for name in kernel.nodes for twin in (name, *self.graph.twins.get(name, ()))]
         inputs: tuple[Shape, ...] = tuple(self.graph.shape(name) for name in kernel.inputs)
         return Site(
             Kernel(
                 kernel.op, tuple(sorted(kernel.attrs.items())), inputs, self.graph.shape(kernel.output),
                 tuple(kernel.tail),
             ),
-            kernel.name, tuple(kernel.nodes), tuple(kernel.inputs), kernel.output, kernel.anchor_output,
+            kernel.name, tuple(nodes), tuple(kernel.inputs), kernel.output, kernel.anchor_output,
         )  # fmt: skip

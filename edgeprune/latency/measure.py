@@ -3,13 +3,14 @@
 The runtime's profiler counts whole microseconds and rounds down; half a microsecond a node is added back. A median of
 whole numbers cannot resolve a kernel of few microseconds, so below 50 us the mean of the middle four fifths of the runs
 is taken: robust against what disturbs a run, and averaging the rounding away. The profiler also costs 2 to 3 us a node,
-which the same session run without it reveals.
+which running the same model without it reveals.
 """
 
 from __future__ import annotations
 
 import math
 import re
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -19,7 +20,7 @@ from edgeprune.device.device import Job, PipeDevice, Result
 from edgeprune.errors import DeviceError
 from edgeprune.latency.kernel import Kernel
 from edgeprune.latency.micro import build
-from edgeprune.latency.table import Measurement, now
+from edgeprune.latency.table import Measurement, OverheadRow, now
 
 REFERENCE = Kernel(
     op="Conv",
@@ -36,6 +37,7 @@ REFERENCE = Kernel(
 )
 SMALL_US = 50.0
 LEAST_RUNS = 12
+OVERHEAD_KERNELS = 32
 MB_PER_S = 50.0  # slowest link and session creation that is waited for
 _BRANCH = re.compile(r"([kpq])(\d+)_")
 
@@ -56,7 +58,7 @@ def measure_batch(device: PipeDevice, kernels: Sequence[Kernel], expected_ms: fl
         "weights": micro.weights,
         "warmup_ms": protocol.warmup_ms,
         "time_ms": protocol.kernel_ms,
-        "whole_ms": protocol.kernel_ms / 3,
+        "compare": False,
         "least": LEAST_RUNS,
     }
     timeout_s = 20.0 + micro.weight_bytes / MB_PER_S / 1e6 + 20 * (protocol.kernel_ms + 40 * expected_ms) / 1e3
@@ -68,19 +70,50 @@ def measure_batch(device: PipeDevice, kernels: Sequence[Kernel], expected_ms: fl
 
 def read_batch(result: Result, kernels: Sequence[Kernel]) -> list[Measurement]:
     """Raises KernelsFailedError when a kernel has no node of its own in the profile."""
-    nodes = [str(name) for name, _ in result.fields["nodes"]]
-    micros = np.frombuffer(result.blobs[0], np.int32).reshape(-1, len(nodes)).astype(np.float64)
-    runs = _undisturbed(micros, np.array(result.fields["interrupted"], bool))
-    whole = np.array(result.fields["whole"], np.float64)
-    whole_us = float(np.median(_undisturbed(whole, whole[:, 1].astype(bool))[:, 0])) * 1e6
-    overhead_us = (float(np.median(runs.sum(axis=1))) + 0.5 * len(nodes) - whole_us) / len(nodes)
+    nodes, micros, interrupted = _profile(result)
+    runs = _undisturbed(micros, interrupted)
     owners = _owners(nodes)
     reference = _summary(runs, owners, 0, REFERENCE)
     rows = []
     for index, kernel in enumerate(kernels, start=1):
         row = _summary(runs, owners, index, kernel)
-        rows.append(replace(row, ref_ms=reference.raw_ms, overhead_ms=overhead_us / 1e3))
+        rows.append(replace(row, ref_ms=reference.raw_ms))
     return rows
+
+
+def measure_overhead(device: PipeDevice) -> OverheadRow:
+    """What the profiler costs per node: many small kernels with and without it, taking turns.
+
+    Raises DeviceError when the device cannot run them.
+    """
+    protocol = device.target.protocol
+    shape = (1, 16, 32, 32)
+    micro = build([REFERENCE, *[replace(REFERENCE, inputs=(shape,), output=shape)] * OVERHEAD_KERNELS])
+    fields = {
+        "weights": micro.weights,
+        "warmup_ms": protocol.warmup_ms,
+        "time_ms": 3 * protocol.kernel_ms,
+        "least": 3 * LEAST_RUNS,
+        "compare": True,
+    }
+    result = device.run(Job("kernels", fields, [micro.model]))
+    if not result.ok:
+        raise KernelsFailedError(f"target {device.target.name}: {result.error}")
+    nodes, runs, interrupted = _profile(result)
+    whole = np.array(result.fields["whole"], np.float64)
+    pairs = np.stack([runs.sum(axis=1) + 0.5 * len(nodes), whole[:, 0] * 1e6], axis=1)
+    pairs = _undisturbed(pairs, interrupted | (whole[:, 1] != 0))
+    overhead_us = float(np.median(pairs[:, 0] - pairs[:, 1])) / len(nodes)
+    reference = _summary(_undisturbed(runs, interrupted), _owners(nodes), 0, REFERENCE)
+    stamp = time.time()
+    return OverheadRow(f"{stamp:.3f}", max(0.0, overhead_us) / 1e3, reference.raw_ms, len(pairs), round(stamp, 1))
+
+
+def _profile(result: Result) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """(node names, microseconds (runs, nodes), interrupted (runs,)) of an agent's answer."""
+    nodes = [str(name) for name, _ in result.fields["nodes"]]
+    micros = np.frombuffer(result.blobs[0], np.int32).reshape(-1, len(nodes)).astype(np.float64)
+    return nodes, micros, np.array(result.fields["interrupted"], bool)
 
 
 def _undisturbed(samples: np.ndarray, interrupted: np.ndarray) -> np.ndarray:

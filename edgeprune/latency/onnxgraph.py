@@ -13,7 +13,8 @@ from edgeprune.latency.kernel import Shape
 
 
 class OnnxGraph:
-    """Nodes that are computed from constants alone are left out; the runtime folds them."""
+    """Nodes that are computed from constants alone are left out; the runtime folds them. Of nodes that compute the
+    same thing twice it keeps one: ``twins`` maps that one's name to the names of the others."""
 
     def __init__(self, model: onnx.ModelProto):
         self._initializers = {t.name: t for t in model.graph.initializer}
@@ -27,7 +28,9 @@ class OnnxGraph:
                 self._folded.update(node.output)
             else:
                 self.nodes.append(node)
+        self.twins: dict[str, list[str]] = {}
         self.outputs = {value.name for value in model.graph.output}
+        self._merge_twins()
         self._shapes = _shapes(model)
         if any(name not in self._shapes for node in self.nodes for name in node.output if name):
             self._shapes = _shapes(onnx.shape_inference.infer_shapes(model, data_prop=True))
@@ -46,6 +49,28 @@ class OnnxGraph:
             self._arrays[node.output[0]] = numpy_helper.to_array(value.t)
         else:
             self._arrays[node.output[0]] = np.asarray(onnx.helper.get_attribute_value(value))
+
+    def _merge_twins(self) -> None:
+        alias: dict[str, str] = {}
+        first: dict[bytes, onnx.NodeProto] = {}
+        kept = []
+        for original in self.nodes:
+            node = original
+            if any(name in alias for name in node.input):
+                node = onnx.NodeProto()
+                node.CopyFrom(original)
+                node.input[:] = [alias.get(name, name) for name in original.input]
+            bare = onnx.NodeProto()
+            bare.CopyFrom(node)
+            bare.ClearField("name")
+            bare.ClearField("output")
+            twin = first.setdefault(bare.SerializeToString(deterministic=True) + bytes([len(node.output)]), node)
+            if twin is node or any(name in self.outputs for name in node.output):
+                kept.append(node)
+                continue
+            self.twins.setdefault(twin.name, []).append(node.name)
+            alias.update(zip(node.output, twin.output, strict=True))
+        self.nodes = kept
 
     def is_const(self, name: str) -> bool:
         return name in self._initializers or name in self._arrays or name in self._folded

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from edgeprune.device.device import DeviceLostError, PipeDevice
 from edgeprune.errors import TableError
 from edgeprune.latency.kernel import Kernel
-from edgeprune.latency.measure import KernelsFailedError, measure_batch
+from edgeprune.latency.measure import KernelsFailedError, measure_batch, measure_overhead
 from edgeprune.latency.micro import weight_bytes
 from edgeprune.latency.table import LatencyTable, Measurement, now
 
@@ -51,6 +51,8 @@ def profile(
     unique = {kernel.key(): kernel for kernel in kernels}
     missing = table.missing(list(unique.values()))
     stats = SweepStats(known=len(unique) - len(missing))
+    if missing:
+        table.append([measure_overhead(device)])
     sweep = _Sweep(device, table, stats)
     done = 0
     for batch in batches(missing, device.target.protocol.batch_ms):

@@ -37,7 +37,6 @@ class Measurement:
     raw_ms:      the kernel's nodes together, profiler's own cost included
     nodes:       how many nodes the runtime made of it (reorders included)
     ref_ms:      the reference kernel in the same batch, one node
-    overhead_ms: the profiler's own cost per node, estimated from the same batch run without it
     spread:      half width of the 95 % confidence interval of the median, as a share of it
     n:           runs
     error:       why it could not be measured; the times are 0 then
@@ -47,7 +46,6 @@ class Measurement:
     raw_ms: float = 0.0
     nodes: int = 0
     ref_ms: float = 0.0
-    overhead_ms: float = 0.0
     spread: float = 0.0
     n: int = 0
     time: float = 0.0
@@ -71,6 +69,20 @@ class NetworkRow:
     time: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class OverheadRow:
+    """The profiler's own cost per node, and the reference kernel beside it. One per sweep."""
+
+    key: str
+    overhead_ms: float
+    ref_ms: float
+    n: int = 0
+    time: float = 0.0
+
+
+Row = Measurement | NetworkRow | OverheadRow
+
+
 class LatencyTable:
     """Use ``open_table`` for the table of a device. ``rows`` maps kernel keys to measurements, ``networks`` network
     keys to whole-network rows; both grow by ``append`` only."""
@@ -81,6 +93,7 @@ class LatencyTable:
         self.fingerprint = fingerprint
         self.rows: dict[str, Measurement] = {}
         self.networks: dict[str, NetworkRow] = {}
+        self.overheads: dict[str, OverheadRow] = {}
         self._read_to = 0
         self._reference: tuple[int, float, float] | None = None
         self.reload()
@@ -93,7 +106,7 @@ class LatencyTable:
             file.seek(self._read_to)
             self._take(file.read())
 
-    def append(self, rows: Sequence[Measurement | NetworkRow]) -> None:
+    def append(self, rows: Sequence[Row]) -> None:
         """Write rows whose keys are new and flush them to the disk."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self._lock(), self.path.open("a+b") as file:
@@ -104,10 +117,9 @@ class LatencyTable:
             if self._read_to == 0:
                 lines.append(json.dumps({"format": FORMAT, "fingerprint": asdict(self.fingerprint)}))
             for row in rows:
-                known = self.networks if isinstance(row, NetworkRow) else self.rows
+                kind, known = self._place(row)
                 if row.key not in known:
-                    kind = "network" if isinstance(row, NetworkRow) else "kernel"
-                    known[row.key] = row  # type: ignore[assignment]
+                    known[row.key] = row
                     lines.append(json.dumps({"kind": kind, **_compact(asdict(row))}))
             data = "".join(line + "\n" for line in lines).encode()
             file.write(data)
@@ -155,13 +167,20 @@ class LatencyTable:
                 f"latency table {self.path} is empty; fill it with `edgeprune profile --target "
                 f"{self.fingerprint.target} --model MODEL`"
             )
-        if self._reference is None or self._reference[0] != len(good):
-            refs = np.array([row.ref_ms for row in good])
-            raw_reference = float(np.quantile(refs, 0.1))
-            shares = np.array([row.overhead_ms for row in good]) / refs
-            overhead = max(0.0, float(np.median(shares))) * raw_reference
-            self._reference = (len(good), raw_reference - overhead, overhead)
+        stamp = len(good) + len(self.overheads)
+        if self._reference is None or self._reference[0] != stamp:
+            raw_reference = float(np.quantile([row.ref_ms for row in good], 0.1))
+            shares = [row.overhead_ms / row.ref_ms for row in self.overheads.values()]
+            overhead = float(np.median(shares)) * raw_reference if shares else 0.0
+            self._reference = (stamp, raw_reference - overhead, overhead)
         return self._reference[1], self._reference[2]
+
+    def _place(self, row: Row) -> tuple[str, dict[str, Any]]:
+        if isinstance(row, NetworkRow):
+            return "network", self.networks
+        if isinstance(row, OverheadRow):
+            return "overhead", self.overheads
+        return "kernel", self.rows
 
     def _take(self, data: bytes) -> None:
         whole = data[: data.rfind(b"\n") + 1]
@@ -178,14 +197,16 @@ class LatencyTable:
                     raise TableError(f"{self.path} belongs to {_difference(found, self.fingerprint)}; rows never mix")
                 return
             kind = document.pop("kind")
+            row: Row
             if kind == "kernel":
                 row = Measurement(**document)
-                self.rows[row.key] = row
             elif kind == "network":
-                network = NetworkRow(**{**document, "keys": tuple(document["keys"])})
-                self.networks[network.key] = network
+                row = NetworkRow(**{**document, "keys": tuple(document["keys"])})
+            elif kind == "overhead":
+                row = OverheadRow(**document)
             else:
                 raise ValueError(f"unknown kind {kind!r}")
+            self._place(row)[1].setdefault(row.key, row)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise TableError(
                 f"{self.path} is damaged at byte {self._read_to} ({error}); delete it and profile again"
