@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from edgeprune.plan.problem import Ranking
-from edgeprune.prune.sensitivity import importance
+from edgeprune.prune.sensitivity import Importance, importance
 
 # (network, channels, batches | None, original=None) -> group name -> Ranking
-IMPORTANCE: dict[str, Callable[..., dict[str, Ranking]]] = {
+IMPORTANCE: dict[str, Importance] = {
     "cap": importance("cap"),
     "taylor": importance("taylor"),
     "magnitude": importance("magnitude"),

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from edgeprune.errors import UsageError
 from edgeprune.graph.network import BATCH_NORMS, CONV_TRANSPOSES, CONVS, DROPOUTS, Network
 from edgeprune.graph.ops import Kind, arguments, kind_of
 from edgeprune.prune.patches import refittable
@@ -184,11 +183,7 @@ def _read(leaf: Any) -> Tensor:
 
 
 def kept_of(kept: Kept | None, path: str, channels: int, originally: int) -> Tensor | None:
-    """Original channels of a module's outputs, None where all are kept. Raises UsageError where that is not known."""
+    """Original channels of a module's outputs; None where that is not known."""
     if kept is not None and path in kept:
-        return kept[path] if len(kept[path]) < originally else None
-    if channels != originally:
-        raise UsageError(
-            f"{path} has {channels} outputs, the original {originally}: which were kept must be given (trace_channels)"
-        )
-    return None
+        return kept[path]
+    return torch.arange(channels) if channels == originally else None

@@ -93,8 +93,9 @@ def compensate(
 
     current: a cut of ``original`` (node names and module paths are those of the original)
     batches: calibration inputs, (n, ...) tensors or tuples of them; at most ``images`` are used
-    kept:    module path -> original output channel of each output (``trace_channels``), needed where channels were cut
-    Raises DataError without any image, UsageError when channels were cut and ``kept`` does not say which.
+    kept:    module path -> original output channel of each output (``trace_channels``); layers whose outputs were cut
+        are left alone without it
+    Raises DataError without any image.
     """
     reference = Reference(Program(original), as_batches(batches, original, images))
     new = current.copy()
@@ -186,7 +187,9 @@ def _fit(
     where = reference.where(shape, rows)
     target = reference.at(f.aim, rows, shape)
     selection = kept_of(kept, str(node.target), leaf.weight.shape[0], target.shape[1])
-    if selection is not None:
+    if selection is None:
+        return {}
+    if len(selection) < target.shape[1]:
         target = target[:, selection]
     if f.other is not None:
         other = values_at(values[f.other], dim, where)

@@ -19,6 +19,7 @@ from edgeprune.prune.judge import Judge
 from edgeprune.prune.program import Program
 
 ROWS = 8192  # sampled positions of a local refit
+TINY = 1e-9  # a removal never counts as nothing: of two free ones a planner should take the faster
 
 
 def block_damage(
@@ -40,24 +41,22 @@ def block_damage(
             fits = find_fits(judge.reference.program, judge.program)
             best: tuple[float, str, Program] | None = None
             for name in sorted(left, key=lambda n: price.get(n, 0.0)):
-                if best is not None and price.get(name, 0.0) >= best[0]:
+                if best is not None and name in price and price[name] >= best[0]:
                     continue  # it was dearer with more blocks in, and only grows
                 trial, error = _without(judge, left[name], fits, repair)
-                price[name] = max(error - judge.divergence, 0.0)
+                price[name] = error - judge.divergence
                 if best is None or price[name] < best[0]:
                     best = (price[name], name, trial)
             assert best is not None
-            damage[best[1]] = max(best[0], max(damage.values(), default=0.0))
+            damage[best[1]] = max(best[0], TINY, *damage.values())
             del left[best[1]]
             if left and step + 1 < steps:
                 judge.settle(best[2])
     finally:
         if judge.program is not start:
             judge.settle(start)
-    floor = max(damage.values(), default=0.0)
-    for name in left:
-        damage[name] = max(price[name], floor)
-    return damage
+    floor = max(damage.values(), default=TINY)
+    return damage | {name: max(price[name], floor) for name in left}
 
 
 def _without(judge: Judge, block: Block, fits: Sequence[Fit], repair: bool) -> tuple[Program, float]:

@@ -23,6 +23,8 @@ from edgeprune.prune.scores import LocalCurve, cap, magnitude, taylor
 PROBES = (0.75, 0.5, 0.25)  # shares of a group that are kept
 TINY = 1e-12
 
+Importance = Callable[..., dict[str, Ranking]]
+
 
 def rank_groups(
     judge: Judge,
@@ -110,7 +112,7 @@ def scaled(cost: np.ndarray, measured: Mapping[int, float]) -> np.ndarray:
     return np.maximum.accumulate(result[::-1])[::-1]
 
 
-def importance(method: str) -> Callable[..., dict[str, Ranking]]:
+def importance(method: str) -> Importance:
     """``(network, channels, batches | None, original=None) -> rankings`` of a method. Without batches random inputs
     give the damage its scale, and channels are chosen by magnitude."""
 

@@ -1,0 +1,184 @@
+import numpy as np
+import pytest
+import torch
+from nets import images, small
+from torch import nn
+
+from edgeprune.errors import UsageError
+from edgeprune.graph.blocks import find_blocks
+from edgeprune.graph.channels import analyse
+from edgeprune.graph.lift import lift
+from edgeprune.graph.masking import masked_outputs
+from edgeprune.graph.surgery import cut, remove
+from edgeprune.methods import IMPORTANCE
+from edgeprune.prune.assess import assess
+from edgeprune.prune.consumers import find_consumers, without_units
+from edgeprune.prune.depth import block_damage
+from edgeprune.prune.judge import Judge
+from edgeprune.prune.program import divergence
+from edgeprune.prune.scores import cap, magnitude, taylor
+from edgeprune.prune.sensitivity import rank_groups, scaled
+
+
+@pytest.fixture(scope="module")
+def network():
+    return small()
+
+
+@pytest.fixture(scope="module")
+def judge(network):
+    return Judge(network, network, [images(128)])
+
+
+@pytest.mark.parametrize("method", IMPORTANCE)
+@pytest.mark.parametrize("data", [True, False])
+def test_every_method_ranks_every_group(network, method, data):
+    channels = analyse(network)
+    rankings = IMPORTANCE[method](network, channels, [images(64)] if data else None)
+    assert set(rankings) == {g.name for g in channels.groups}
+    for group in channels.groups:
+        ranking = rankings[group.name]
+        assert sorted(ranking.order.tolist()) == list(range(group.size))
+        assert ranking.damage.shape == (group.size + 1,)
+        assert ranking.damage[group.size] == 0
+        assert (np.diff(ranking.damage) <= 0).all()
+        assert np.isfinite(ranking.damage).all()
+        assert ranking.damage[1] > 0
+
+
+def test_unknown_method(judge, network):
+    with pytest.raises(UsageError, match="expected magnitude, taylor or cap"):
+        rank_groups(judge, analyse(network), "none")
+
+
+@pytest.mark.parametrize("method", ["cap", "taylor", "magnitude"])
+def test_dead_filters_go_first(method):
+    torch.manual_seed(0)
+    module = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 2, 8)
+    )
+    with torch.no_grad():
+        module[2].weight[:, [1, 6]] = 0
+    network = lift(module, [(1, 3, 8, 8)])
+    ranking = IMPORTANCE[method](network, analyse(network), [images(64)])["0"]
+    assert set(ranking.order[-2:].tolist()) == {1, 6}
+    assert ranking.damage[6] < 1e-9 < ranking.damage[5]
+
+
+def test_cap_sees_what_a_twin_can_take_over():
+    torch.manual_seed(0)
+    module = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 6, 3, padding=1), nn.ReLU(), nn.Conv2d(6, 2, 8)
+    )
+    with torch.no_grad():
+        module[0].weight[5], module[0].bias[5] = 4 * module[0].weight[2], 4 * module[0].bias[2]
+    network = lift(module, [(1, 3, 8, 8)])
+    channels = analyse(network)
+    judge = Judge(network, network, [images(64)])
+    order = cap(find_consumers(judge, judge.program, channels.group("0"))).order
+    assert order[-1] in (2, 5)
+    assert magnitude(judge.program, channels.group("0")).order[-1] != 5
+
+
+def test_zeroed_columns_equal_masked_channels(network, judge):
+    """What is tried by exchanging readers is what the cut network gives, before any refit."""
+    channels = analyse(network)
+    group = channels.group("blocks.1.conv1")
+    consumers = find_consumers(None, judge.program, group)  # no Gram matrices: plain zeros
+    modules = without_units(consumers, [0, 3, 7])
+    keep = [u for u in range(group.size) if u not in (0, 3, 7)]
+    expected = masked_outputs(network, channels, {group.name: keep}, (images(128),))
+    with torch.no_grad():
+        plain = network.module(images(128))
+    assert judge.exchanged_error(modules) == pytest.approx(divergence(expected, [plain]), rel=1e-4)
+
+
+def test_measured_damage_is_what_the_cut_and_refitted_network_shows(network, judge):
+    channels = analyse(network)
+    group = channels.group("blocks.2.conv1")
+    ranking = rank_groups(judge, channels, "cap", only=[group.name], widths={group.name: [6]})[group.name]
+    consumers = find_consumers(judge, judge.program, group)
+    modules = without_units(consumers, ranking.order[6:].tolist())
+    smaller = cut(network, channels, {group.name: ranking.keep(6)})
+    kept = torch.tensor(ranking.keep(6))
+    with torch.no_grad():
+        leaf = smaller.module.get_submodule("blocks.2.conv2")
+        leaf.weight.copy_(modules["blocks.2.conv2"].weight[:, kept])
+        leaf.bias = nn.Parameter(modules["blocks.2.conv2"].bias)
+        got = divergence([smaller.module(images(128))], [network.module(images(128))])
+    assert got == pytest.approx(ranking.damage[6], rel=1e-3)
+    plain = masked_outputs(network, channels, {group.name: ranking.keep(6)}, (images(128),))
+    with torch.no_grad():
+        assert got < divergence(plain, [network.module(images(128))])
+
+
+def test_first_order_scores_match_small_real_changes(network, judge):
+    """With a linear tail the first-order change is the change."""
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 8))
+    linear = lift(module, [(1, 3, 8, 8)])
+    channels = analyse(linear)
+    judge = Judge(linear, linear, [images(64)])
+    curve = taylor(judge, channels.groups, draws=400)["0"]
+    x = images(64)
+    with torch.no_grad():
+        full = module(x)
+        real = []
+        for unit in range(8):
+            masked = masked_outputs(linear, channels, {"0": [u for u in range(8) if u != unit]}, (x,))[0]
+            real.append(float((masked - full).square().sum()))
+    scores = np.empty(8)
+    scores[curve.order] = curve.cost[:-1] - curve.cost[1:]
+    np.testing.assert_allclose(scores / 400, real, rtol=0.25)
+
+
+def test_block_prices_are_marginal_and_rise(network, judge):
+    blocks = {b.name: b for b in find_blocks(network)}
+    damage = block_damage(judge, list(blocks.values()), steps=3)
+    order = sorted(damage, key=damage.__getitem__)
+    assert set(damage) == set(blocks)
+    assert order[0] == "blocks.1"  # gain 0.1
+    assert judge.program.removed == ()
+    assert judge.divergence == 0
+    alone = {name: block_damage(judge, [block])[name] for name, block in blocks.items()}
+    assert alone[order[0]] == min(alone.values()) == damage[order[0]]
+    assert sum(damage.values()) > sum(alone.values())  # with others gone a block costs more
+    with torch.no_grad():
+        both = divergence([remove(network, [blocks[n] for n in order[:2]]).module(images(128))], judge.expected)
+    assert damage[order[0]] + damage[order[1]] < both  # repaired, against plainly removed
+
+
+def test_blocks_cost_more_without_repair(network, judge):
+    blocks = find_blocks(network)
+    repaired = block_damage(judge, blocks, steps=1)
+    plain = block_damage(judge, blocks, steps=1, repair=False)
+    assert sum(plain.values()) > 1.5 * sum(repaired.values())
+    outs = []
+    with torch.no_grad():
+        for b in blocks:
+            outs.append(divergence([remove(network, [b]).module(images(128))], [network.module(images(128))]))
+    assert min(plain.values()) == pytest.approx(min(outs), rel=1e-4)
+
+
+def test_assessing_a_compressed_network_measures_against_the_original(network):
+    smaller = remove(network, [find_blocks(network)[2]])
+    shares = []
+    result = assess(network, smaller, analyse(smaller), find_blocks(smaller), [images(64)], progress=shares.append)
+    with torch.no_grad():
+        own = divergence([smaller.module(images(64))], [network.module(images(64))])
+    assert result.divergence == pytest.approx(own, rel=1e-5)
+    assert set(result.blocks) == {"blocks.0", "blocks.1", "blocks.3"}
+    assert shares[-1] == 1.0
+    assert shares == sorted(shares)
+
+
+def test_curves_pass_through_what_was_measured():
+    cost = np.array([8.0, 4.0, 2.0, 1.0, 0.5, 0.0])
+    damage = scaled(cost, {5: 0.0, 3: 0.2, 1: 0.3})
+    assert damage[3] == pytest.approx(0.2)
+    assert damage[1] == pytest.approx(0.3)
+    assert damage[5] == 0
+    assert 0.2 < damage[2] < 0.3
+    assert (np.diff(damage) <= 0).all()
+    assert (np.diff(scaled(cost, {5: 0.0, 3: 0.3, 1: 0.2})) <= 0).all()  # noise in the measurement
+    assert (scaled(np.zeros(6), {5: 0.0, 3: 0.2})[:4] > 0).all()
