@@ -15,7 +15,7 @@ import onnx
 
 from edgeprune.compress.apply import apply_plan
 from edgeprune.compress.problem import Widths, attainable, group_candidates, needed_kernels
-from edgeprune.compress.spans import Anatomy, Span
+from edgeprune.compress.spans import Anatomy
 from edgeprune.deploy.export import to_onnx
 from edgeprune.device.device import connect
 from edgeprune.device.target import Target
@@ -27,7 +27,7 @@ from edgeprune.latency.fusion import sites
 from edgeprune.latency.kernel import Kernel
 from edgeprune.latency.networks import Timings, measure_networks
 from edgeprune.latency.predict import LatencyModel
-from edgeprune.latency.stairs import edges, lattice, line_counts, line_rows
+from edgeprune.latency.stairs import lattice, line_rows
 from edgeprune.latency.sweep import SweepStats, profile
 from edgeprune.latency.table import open_table
 from edgeprune.plan.problem import Plan
@@ -99,7 +99,7 @@ class Pricing:
         """
         if not self._candidates:
             self._measure(line_rows(anatomy.spans, self.block), "measuring stairs")
-            found = group_candidates(anatomy, self._edges)
+            found = group_candidates(anatomy, self._known_ms)
             self._candidates = {g.name: w for g, w in zip(anatomy.channels.groups, found, strict=True)}
         groups = anatomy.channels.groups
         candidates = [
@@ -165,8 +165,11 @@ class Pricing:
             stats = profile(self.device, self.table, kernels, lambda done, total: self.progress(done, total, what))
             self.tally.add(stats)
 
-    def _edges(self, span: Span, variable: int) -> Sequence[int]:
-        return edges(self.model, span, variable, line_counts(span.full[variable], 1, self.block))
+    def _known_ms(self, kernel: Kernel) -> float | None:
+        try:
+            return self.model.predict(kernel).ms
+        except TableError:
+            return None
 
     def _lattices(self, anatomy: Anatomy, candidates: Sequence[Widths]) -> list[Kernel]:
         """For every span the combinations of its candidate counts, thinned where there are many."""

@@ -13,28 +13,58 @@ from edgeprune.plan.problem import Axis, BlockChoice, GroupChoice, Problem, Rank
 
 Widths = tuple[int, ...]
 
+EDGE = 0.02  # a narrower group must be faster by this share to be worth a candidate
 
-def group_candidates(
-    anatomy: Anatomy, edges: Callable[[Span, int], Sequence[int]], limit: int = 32
-) -> tuple[Widths, ...]:
-    """Candidate widths of every group: where a measured stair of one of its kernels ends, and the full width.
 
-    edges(span, variable) gives the counts of that variable that are right edges. A count of a composite variable is
-    reached by narrowing one of its groups while the others stay whole.
+def group_candidates(anatomy: Anatomy, price: Callable[[Kernel], float | None], limit: int = 24) -> tuple[Widths, ...]:
+    """Candidate widths of every group, ascending: the right edges of its measured stairs, and the full width.
+
+    A group's stairs are what all kernels that touch it take together when it alone is narrowed. A width is an edge
+    when every larger one takes longer, by more than noise: between two edges, widening costs nothing.
+    price: kernel -> ms, None where the table does not say; widths with a kernel of unknown price are left out
     """
-    groups = anatomy.channels.groups
-    found: list[set[int]] = [{group.size} for group in groups]
-    sizes = {i: group.size for i, group in enumerate(groups)}
-    for span in anatomy.spans:
-        for variable, axis in enumerate(span.variables):
-            counts = edges(span, variable)
-            for g, multiplicity in axis.terms:
-                rest = axis.at(sizes) - multiplicity * sizes[g]
-                for count in counts:
-                    width, remainder = divmod(count - rest, multiplicity)
-                    if remainder == 0 and 1 <= width <= sizes[g]:
-                        found[g].add(width)
-    return tuple(_thinned(sorted(widths), limit) for widths in found)
+    return tuple(
+        _thinned(sorted({*_edges(_stairs(anatomy, g, price)), group.size}), limit)
+        for g, group in enumerate(anatomy.channels.groups)
+    )  # fmt: skip
+
+
+def _stairs(anatomy: Anatomy, group: int, price: Callable[[Kernel], float | None]) -> dict[int, float]:
+    """Width -> ms of all kernels that touch the group, the other groups being whole."""
+    size = anatomy.channels.groups[group].size
+    sizes = {i: g.size for i, g in enumerate(anatomy.channels.groups)}
+    touching = [
+        (span, tuple(axis.at({**sizes, group: 0}) for axis in span.variables), _slopes(span, group))
+        for span in anatomy.spans
+        if any(g == group for axis in span.variables for g, _ in axis.terms)
+    ]
+    result: dict[int, float] = {}
+    for width in range(1, size + 1):
+        total = 0.0
+        for span, rest, slopes in touching:
+            ms = price(span.at(tuple(r + s * width for r, s in zip(rest, slopes, strict=True))))
+            if ms is None:
+                break
+            total += ms
+        else:
+            result[width] = total
+    return result
+
+
+def _slopes(span: Span, group: int) -> tuple[int, ...]:
+    """How fast each variable of a span grows with the width of one group."""
+    return tuple(sum(m for g, m in axis.terms if g == group) for axis in span.variables)
+
+
+def _edges(stairs: Mapping[int, float]) -> list[int]:
+    """Widths that are faster than every larger one by more than ``EDGE`` of it; the largest is one."""
+    found: list[int] = []
+    fastest = float("inf")
+    for width in sorted(stairs, reverse=True):
+        if stairs[width] < fastest * (1 - EDGE):
+            found.append(width)
+            fastest = stairs[width]
+    return found[::-1]
 
 
 def _thinned(widths: Sequence[int], limit: int) -> Widths:
