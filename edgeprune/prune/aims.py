@@ -48,18 +48,16 @@ def find_fits(original: Program, current: Program) -> list[Fit]:
     for node in current.nodes:
         if node.op == "call_module":
             calls[str(node.target)] = calls.get(str(node.target), 0) + 1
-    order = {node.name: i for i, node in enumerate(current.nodes)}
-    known = {n.name for n in original.nodes}
     fits = []
     for node in current.nodes:
         if node.op != "call_module" or calls[str(node.target)] > 1 or not refittable(current.leaf(node)):
             continue
         end, norm = _behind_norm(current, node, calls)
-        target, other = _join(current, end, order[node.name], order)
+        target, other = _join(current, end, current.order[node.name])
         aim = _aim(original, current, target)
-        if aim not in known and target is not end:
+        if aim not in original.order and target is not end:
             target, other, aim = end, None, _aim(original, current, end)
-        if aim in known:
+        if aim in original.order:
             fits.append(Fit(node.name, norm.name if norm else None, target.name, other.name if other else None, aim))
     return fits
 
@@ -83,7 +81,7 @@ def _behind_norm(program: Program, node: fx.Node, calls: Mapping[str, int]) -> t
     return end, norm
 
 
-def _join(program: Program, end: fx.Node, position: int, order: Mapping[str, int]) -> tuple[fx.Node, fx.Node | None]:
+def _join(program: Program, end: fx.Node, position: int) -> tuple[fx.Node, fx.Node | None]:
     """(addition, its other operand) if ``end`` is only read by one whose other operand is computed earlier."""
     readers = _readers(program, end)
     if len(readers) == 1 and readers[0].target is aten.add.Tensor:
@@ -91,7 +89,7 @@ def _join(program: Program, end: fx.Node, position: int, order: Mapping[str, int
         operands = [program.through(a) for a in (args["self"], args["other"]) if isinstance(a, fx.Node)]
         if len(operands) == 2 and operands[0] is not operands[1] and args["alpha"] == 1:
             other = operands[1] if operands[0] is end else operands[0]
-            if order[other.name] < position and other.op != "get_attr":
+            if program.order[other.name] < position and other.op != "get_attr":
                 return readers[0], other
     return end, None
 
@@ -99,15 +97,14 @@ def _join(program: Program, end: fx.Node, position: int, order: Mapping[str, int
 def _aim(original: Program, current: Program, target: fx.Node) -> str:
     """The original's node that ``target`` stands for; see the module's docstring."""
     aim, node = target.name, target
-    by_name = {n.name: n for n in original.nodes}
     while True:
         stand = _stands_for(original, current, node)
         readers = _readers(current, node)
         if stand is not None and stand != node.name:
             if node is target or (readers and all(_is_relu(r) for r in readers)):
                 aim = stand
-            elif _is_relu(by_name[stand]):
-                aim = original.sources(by_name[stand])[0].name
+            elif _is_relu(original.by_name[stand]):
+                aim = original.sources(original.by_name[stand])[0].name
         if len(readers) != 1 or not _is_relu(readers[0]):
             return aim
         node = readers[0]
@@ -119,17 +116,15 @@ def _is_relu(node: fx.Node) -> bool:
 
 def _stands_for(original: Program, current: Program, node: fx.Node) -> str | None:
     """What the readers of ``node`` read at that place in the original: the last such node in graph order."""
-    order = {n.name: i for i, n in enumerate(original.nodes)}
-    by_name = {n.name: n for n in original.nodes}
     found: set[str] = set()
     for user in _readers(current, node):
-        twin = by_name.get(user.name)
+        twin = original.by_name.get(user.name)
         if twin is None:
             continue
         mine, theirs = _operands(user), _operands(twin)
         if len(mine) == len(theirs):
             found |= {original.through(b).name for a, b in zip(mine, theirs, strict=True) if current.through(a) is node}
-    return max((f for f in found if f in order), key=order.__getitem__, default=None)
+    return max((f for f in found if f in original.order), key=original.order.__getitem__, default=None)
 
 
 def _operands(node: fx.Node) -> list[fx.Node]:

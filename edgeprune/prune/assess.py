@@ -13,7 +13,7 @@ from edgeprune.plan.problem import Ranking
 from edgeprune.prune.aims import Kept
 from edgeprune.prune.depth import block_damage
 from edgeprune.prune.judge import Judge
-from edgeprune.prune.sensitivity import rank_groups
+from edgeprune.prune.sensitivity import PROBES, rank_groups
 
 NOISE_IMAGES = 64
 
@@ -51,7 +51,8 @@ def assess(
     Raises DataError without any image, UsageError for an unknown method.
     """
     inputs = [current.random_inputs(NOISE_IMAGES)] if batches is None else batches
-    judge = Judge(original, current, inputs, images=images, kept=kept)
+    trials = sum(len(widths.get(g.name, PROBES)) if widths else len(PROBES) for g in channels.groups) + 2 * len(blocks)
+    judge = Judge(original, current, inputs, images=images, trials=trials, kept=kept)
     say = progress or (lambda share: None)
     rankings = rank_groups(
         judge,

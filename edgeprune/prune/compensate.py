@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from edgeprune.graph.network import Network
+from edgeprune.prune.afford import multiply_adds, peak_bytes, sizes_of
 from edgeprune.prune.aims import Fit, Kept, find_fits, kept_of
 from edgeprune.prune.gram import RIDGES, gram, ridge_step, solve_ridge
 from edgeprune.prune.patches import Positions, channel_dim, pack, place_count, rows_at, unpack, values_at
@@ -29,6 +30,9 @@ from edgeprune.prune.program import Batches, Program, Values, as_batches, run, s
 
 WORK = 2e10  # multiply-adds spent on one layer's Gram matrix
 MAX_ROWS, MIN_ROWS = 32768, 2048
+MIN_IMAGES = 16
+ACTIVATION_BYTES = 2 << 30
+PASS_WORK = 2e12  # multiply-adds of one pass over all images
 HELD_OUT = 4  # every fourth image judges the ridge
 
 
@@ -92,17 +96,26 @@ def compensate(
     """A copy of ``current`` whose weights are refitted to the original's responses. No labels are used.
 
     current: a cut of ``original`` (node names and module paths are those of the original)
-    batches: calibration inputs, (n, ...) tensors or tuples of them; at most ``images`` are used
+    batches: calibration inputs, (n, ...) tensors or tuples of them; at most ``images`` are used, fewer where their
+        activations would take more than 2 GiB
     kept:    module path -> original output channel of each output (``trace_channels``); layers whose outputs were cut
         are left alone without it
     Raises DataError without any image.
     """
-    reference = Reference(Program(original), as_batches(batches, original, images))
+    reference = Reference(Program(original), as_batches(batches, original, _affordable(original, images)))
     new = current.copy()
     for _ in range(passes):
         refitted = refit(reference, Program(new), kept=kept)
         _install(new, refitted)
     return new
+
+
+def _affordable(original: Network, images: int | None) -> int:
+    """As many images as were asked for, if all their activations at one place fit into memory."""
+    program = Program(original)
+    sizes = sizes_of(program)
+    limit = min(ACTIVATION_BYTES / peak_bytes(program, sizes), PASS_WORK / sum(multiply_adds(program, sizes)))
+    return int(max(MIN_IMAGES, limit if images is None else min(images, limit)))
 
 
 def _install(network: Network, modules: Mapping[str, nn.Module]) -> None:
@@ -139,7 +152,7 @@ def refit(
     """
     fits = find_fits(reference.program, program) if fits is None else fits
     chosen = {f.node: f for f in fits if only is None or f.node in only}
-    by_name = {n.name: n for n in program.nodes}
+    by_name = program.by_name
     plans = {name: _rows_for(program.leaf(by_name[name]), rows) for name in chosen}
     wanted: dict[str, tuple[int, int]] = {}
     for name, f in chosen.items():
@@ -159,7 +172,7 @@ def refit(
 
         ends = [f.node for f in chosen.values()]
         if ends:
-            last = max(ends, key=[n.name for n in program.nodes].index)
+            last = max(ends, key=program.order.__getitem__)
             also = {f.node: (f.other,) for f in chosen.values() if f.other is not None}
             sweep(working, reference.batches, before, known, [last], also)
     return changed

@@ -1,7 +1,7 @@
 """Measuring what a small change does to the network's output, cheaply and many times.
 
-A ``Judge`` holds the compressed network as it is, its activations at the entrances of its residual blocks, and the
-original's outputs. A change is run from the last entrance before it.
+A ``Judge`` holds the compressed network as it is, some of its activations, and the original's outputs. A change is run
+from the last activations before it.
 """
 
 from __future__ import annotations
@@ -13,18 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edgeprune.graph.blocks import Block, find_blocks
-from edgeprune.graph.network import Network, shapes
+from edgeprune.graph.network import Network
+from edgeprune.prune.afford import frontiers, multiply_adds, sizes_of
 from edgeprune.prune.aims import Kept
 from edgeprune.prune.compensate import Reference
 from edgeprune.prune.program import Batches, Program, Values, as_batches, divergence, outputs, run
 
 CHECKPOINT_BYTES = 1 << 30
+WORK = 1e13  # multiply-adds that all trials together may take
+MIN_IMAGES = 16
 
 
 class Judge:
-    """original, current: the network before and after the cuts made so far; ``images`` bounds the calibration images
-    that are used (fewer if their activations would not fit into memory)."""
+    """original, current: the network before and after the cuts made so far. ``images`` bounds the calibration images
+    that are used; fewer are if ``trials`` runs of half the network would take too long or too much memory."""
 
     def __init__(
         self,
@@ -33,23 +35,26 @@ class Judge:
         batches: Iterable[Any],
         *,
         images: int = 256,
+        trials: int = 100,
         kept: Kept | None = None,
     ) -> None:
-        self.entrances = _entrances(current)
-        sizes = shapes(current)
-        per_image = 4 * sum(math.prod(sizes[name]) for name in self.entrances)
-        images = max(8, min(images, CHECKPOINT_BYTES // max(per_image, 1)))
+        program = Program(current)
+        sizes = sizes_of(program)
+        self.kept_nodes = frontiers(program, sizes)
+        by_memory = CHECKPOINT_BYTES / max(4 * sum(math.prod(sizes[name]) for name in self.kept_nodes), 1)
+        by_work = WORK / max(trials * sum(multiply_adds(program, sizes)) / 2, 1)
+        images = int(max(MIN_IMAGES, min(images, by_memory, by_work)))
         self.batches: Batches = as_batches(batches, original, images)
         self.reference = Reference(Program(original), self.batches)
         self.expected = outputs(self.reference.program, self.batches)
         self.kept = kept
-        self.settle(Program(current))
+        self.settle(program)
 
     def settle(self, program: Program) -> None:
         """Make ``program`` what changes are compared with."""
         self.program = program
-        self.order = {n.name: i for i, n in enumerate(program.nodes)}
-        names = [n for n in self.entrances if n in self.order]
+        self.order = program.order
+        names = [n for n in self.kept_nodes if n in self.order]
         with torch.no_grad():
             values = run(program, self.batches, [*names, program.output.name])
         final = values.pop(program.output.name)
@@ -73,12 +78,5 @@ class Judge:
 
     def values(self, names: Sequence[str]) -> dict[str, list[Tensor]]:
         """Activations of the present program, from the nearest checkpoints."""
-        first = min(self.order[name] for name in names)
-        known = {n: v for n, v in self.checkpoints.items() if self.order[n] <= first}
         with torch.no_grad():
-            return run(self.program, self.batches, list(names), known)
-
-
-def _entrances(network: Network) -> list[str]:
-    blocks: tuple[Block, ...] = find_blocks(network)
-    return list(dict.fromkeys(b.shortcut for b in blocks))
+            return run(self.program, self.batches, list(dict.fromkeys(names)), self.checkpoints)

@@ -39,6 +39,8 @@ class Program:
         self.placeholders = [n for n in by_name.values() if n.op == "placeholder"]
         self.output = next(n for n in by_name.values() if n.op == "output")
         self.nodes = self._live(self.output)
+        self.by_name = {n.name: n for n in self.nodes}
+        self.order = {n.name: i for i, n in enumerate(self.nodes)}
         self.users: dict[str, list[fx.Node]] = {n.name: [] for n in self.nodes}
         for node in self.nodes:
             for source in self.sources(node):
