@@ -17,8 +17,8 @@ from typing import BinaryIO
 from edgeprune.errors import ModelFileError
 
 MAX_FILE_BYTES = 4 << 30
-MAX_TEXT_BYTES = 64 << 20  # the largest JSON graph, pickle or source member that is worth parsing
-_MAX_DIRECTORY_BYTES = 16 << 20
+MAX_TEXT_BYTES = 32 << 20  # the largest JSON graph, pickle or source member that is worth parsing
+_MAX_DIRECTORY_BYTES = 4 << 20
 _EXPANSION = 4  # weights hardly compress; what grows more than this is no model
 _EXPANSION_FREE_BYTES = 64 << 20
 _DAMAGE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, OSError, RuntimeError, ValueError)

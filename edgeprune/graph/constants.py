@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-_MAX_VALUES = 1 << 27  # of any intermediate result: a graph may come out of a file nobody vouches for
+_MAX_VALUES = 1 << 28  # of all results together: a graph may come out of a file nobody vouches for
 
 
 class Constants:
@@ -21,6 +21,7 @@ class Constants:
         self.source = source
         self._values: dict[fx.Node, Any] = {}
         self._fixed: dict[fx.Node, bool] = {}
+        self._left = _MAX_VALUES
 
     def tensor(self, value: Any) -> torch.Tensor | None:
         """The tensor that an argument is at every call, or None if it depends on the inputs (or cannot be known)."""
@@ -79,7 +80,9 @@ class Constants:
             else:
                 args = fx.node.map_arg(node.args, self._value)
                 kwargs = fx.node.map_arg(node.kwargs, self._value)
-                _check_size(node, args, kwargs)
+                self._left -= _values_of(node, args, kwargs)
+                if self._left < 0:
+                    raise _TooLargeError
                 with torch.no_grad():
                     self._values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
         return self._values[node]
@@ -101,10 +104,10 @@ class _TooLargeError(Exception):
     pass
 
 
-def _check_size(node: fx.Node, args: Any, kwargs: Any) -> None:
-    """Run it without values first: broadcasting can make a huge tensor of two small ones."""
+def _values_of(node: fx.Node, args: Any, kwargs: Any) -> int:
+    """How many values the call makes, found by a run without values: broadcasting can make much of little."""
     if getattr(node.target, "__name__", "") == "getitem":
-        return
+        return 0
 
     def empty(value: Any) -> Any:
         return torch.empty_like(value, device="meta") if isinstance(value, torch.Tensor) else value
@@ -115,9 +118,7 @@ def _check_size(node: fx.Node, args: Any, kwargs: Any) -> None:
         )
     except NotImplementedError as error:  # an operator without a shape function cannot be vetted
         raise _TooLargeError from error
-    for tensor in torch.utils._pytree.tree_leaves(result):
-        if isinstance(tensor, torch.Tensor) and tensor.numel() > _MAX_VALUES:
-            raise _TooLargeError
+    return sum(t.numel() for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, torch.Tensor))
 
 
 def _random(target: torch._ops.OpOverload) -> bool:

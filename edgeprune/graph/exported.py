@@ -23,8 +23,9 @@ from edgeprune.errors import ModelFileError, UnsupportedModelError
 from edgeprune.graph.archive import MAX_FILE_BYTES, Archive
 from edgeprune.graph.lift import place
 from edgeprune.graph.operators import checked_name, checked_path, resolve
-from edgeprune.graph.pickled import raw_bytes, stored_tensors, tensor_from, unpickle
+from edgeprune.graph.pickled import Storages, stored_tensors, unpickle
 
+_MAX_NODES = 20_000  # the largest networks have some thousand
 _OLD_PROGRAM = "serialized_exported_program.json"
 _SCALAR_TYPES = {
     1: torch.uint8, 2: torch.int8, 3: torch.int16, 4: torch.int32, 5: torch.int64, 6: torch.float16, 7: torch.float32,
@@ -81,21 +82,15 @@ def _tensors(archive: Archive, name: str, kind: str, origin: str) -> dict[str, t
         if pickled is None:
             raise ModelFileError(f"{origin}: member {config_name} is missing from the archive; save the model again")
         return _pickled_tensors(archive, pickled, origin)
-    files: dict[str, torch.Tensor] = {}
-    made: dict[str, torch.Tensor] = {}
+    storages = Storages(lambda path: archive.read(folder + path, MAX_FILE_BYTES))
     result: dict[str, torch.Tensor] = {}
     for full_name, payload in json.loads(archive.read(config_name))["config"].items():
         path, meta = str(payload["path_name"]), payload["tensor_meta"]
         if payload["use_pickle"] or meta is None:
             raise ModelFileError(f"{origin}: {full_name[:80]} is stored as a pickle, not as a plain tensor; refused")
-        if path not in files:
-            files[path] = raw_bytes(archive.read(folder + path, MAX_FILE_BYTES))
-        key = json.dumps([path, meta])
-        if key not in made:  # tied weights: one tensor under two names
-            size, stride = (tuple(_size(s) for s in meta[k]) for k in ("sizes", "strides"))
-            dtype = _SCALAR_TYPES[meta["dtype"]]
-            made[key] = tensor_from(files[path], dtype, _size(meta["storage_offset"]), size, stride)
-        result[full_name] = made[key]
+        size, stride = (tuple(_size(s) for s in meta[k]) for k in ("sizes", "strides"))
+        offset, dtype = _size(meta["storage_offset"]), _SCALAR_TYPES[meta["dtype"]]
+        result[full_name] = storages.tensor(path, dtype, offset, size, stride)
     return result
 
 
@@ -139,6 +134,8 @@ class _Builder:
         for spec in self.signature["input_specs"]:
             ((kind, content),) = spec.items()
             self.input(kind, content)
+        if len(self.json["nodes"]) > _MAX_NODES:
+            raise ModelFileError(f"{self.origin}: a graph of more than {_MAX_NODES} nodes; that is no model")
         for node in self.json["nodes"]:
             self.node(node)
         outputs = [

@@ -20,13 +20,14 @@ from edgeprune.graph import leaves
 from edgeprune.graph.aliases import has_hidden_writes
 from edgeprune.graph.batch import free_batch
 from edgeprune.graph.constants import Constants
+from edgeprune.graph.contexts import inline_contexts
 from edgeprune.graph.network import Network, check
 from edgeprune.graph.trace import OTHER_FLOATS, export, functional, quiet
 
 aten = torch.ops.aten
 
 _NO_OPS = {
-    aten.detach.default, aten.detach_.default, aten.alias.default, aten.clone.default, aten.contiguous.default,
+    aten.detach.default, aten.detach_.default, aten.alias.default,
     aten.lift_fresh_copy.default, aten.lift_fresh.default,
 }  # fmt: skip
 _END = (1 << 63) - 1
@@ -72,6 +73,7 @@ def lift_graph(
     baked_batch: the batch size that the graph was made with, if it was made for that one only
     """
     shapes = tuple((1, *(int(d) for d in shape[1:])) for shape in input_shapes)
+    inline_contexts(module)
     if has_hidden_writes(module.graph):
         module = functional(module, shapes, origin)
     network = Network(_Lifter(module, origin).lifted(), shapes, origin)
@@ -143,7 +145,7 @@ class _Lifter:
         if node.op != "call_function":
             raise UnsupportedModelError(f"{self.origin}: graph node {node.name} ({node.op}) is not understood")
         target = node.target
-        if target in _NO_OPS or _is_whole_slice(node):
+        if target in _NO_OPS or _is_whole_slice(node) or _is_plain_copy(node):
             return self._map(node.args[0])
         if target is operator.getitem and isinstance(self.env.get(node.args[0]), tuple):  # type: ignore[arg-type]
             return self.env[node.args[0]][node.args[1]]  # type: ignore[index]
@@ -163,6 +165,8 @@ class _Lifter:
         if not isinstance(outputs, (tuple, list)):
             return outputs
         tensors = tuple(o for o in outputs if isinstance(o, fx.Node))
+        if not tensors:
+            raise UnsupportedModelError(f"{self.origin}: returns no tensor")
         return tensors[0] if len(tensors) == 1 else tensors
 
     def _functional(self, target: Any) -> Any:
@@ -184,8 +188,7 @@ class _Lifter:
             value = operator.attrgetter(name)(self.source)
             if not isinstance(value, torch.Tensor):
                 raise UnsupportedModelError(
-                    f"{self.origin}: a part of the graph runs under a context (no_grad, autocast, a condition); "
-                    "remove it from forward"
+                    f"{self.origin}: forward holds a sub-graph (a condition or a loop on values); remove it"
                 )
             with self.graph.inserting_after(_last_placeholder(self.graph)):
                 self.attributes[name] = self.graph.get_attr(name)
@@ -223,6 +226,9 @@ class _Lifter:
             return None
         module, key = leaves.weighted(target, args, weight, bias)
         path = self.constants.path(args["weight"], "weight")
+        owner, _, leaf = str(getattr(args["bias"], "target", "")).rpartition(".")
+        if leaf == "bias" and owner and args["bias"].op == "get_attr":
+            path = owner  # a weight shared by two modules has the name of one; their biases tell them apart
         return self._new((*key, id(weight), id(bias)), path, module), args["input"]
 
     def _norm(self, node: fx.Node, args: dict[str, Any]) -> tuple[str, Any] | None:
@@ -261,6 +267,11 @@ def _is_whole_slice(node: fx.Node) -> bool:
         return False
     args = leaves.bound(node)
     return args["start"] in (None, 0) and args["end"] in (None, _END) and args["step"] == 1
+
+
+def _is_plain_copy(node: fx.Node) -> bool:
+    """A clone; one that makes the memory contiguous stays, a ``view`` behind it may need that."""
+    return node.target is aten.clone.default and node.kwargs.get("memory_format") is None
 
 
 def _single(value: Any) -> Any:

@@ -124,6 +124,8 @@ def _scripted(archive: Archive, path: Path, given: tuple[tuple[int, ...], ...] |
     model = read_torchscript(archive, str(path))
     if given is None and (own := traced_shapes(archive)) is not None:
         given = _checked_shapes(own)
+    if given is not None:
+        model.rehearse(given)
     network = _lifted(model, given, str(path))
     rename_inputs(network.module, model.input_names())
     return network
@@ -238,7 +240,10 @@ def _agreeing(
 ) -> Sequence[Sequence[int]]:
     """The user's input shapes if they are given and fit the file's, else the file's."""
     if given is None:
-        return _checked_shapes(own)
+        try:
+            return _checked_shapes(own)
+        except UsageError as error:
+            raise ModelFileError(f"{path}: its own {error}") from error
     if [len(s) for s in given] != [len(s) for s in own]:
         shown = ",".join("x".join(map(str, s)) for s in own)
         raise UsageError(f"{path}: takes input {shown}, and --input says otherwise; leave it out")

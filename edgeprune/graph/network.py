@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -71,9 +72,13 @@ class _ShapeRecorder(fx.Interpreter):
         self.shapes: dict[str, tuple[int, ...]] = {}
 
     def run_node(self, n: fx.Node):  # type: ignore[no-untyped-def]
-        if _makes_a_tensor(n):  # factory calls would allocate, on the device they were exported on
+        if _makes_a_tensor(n):  # factory calls would allocate
             n = copy.copy(n)
             n._kwargs = {**n.kwargs, "device": torch.device("meta")}  # type: ignore[attr-defined]
+        if any(isinstance(a, torch.device) for a in (*n.args, *n.kwargs.values())):  # the device it was exported on
+            n = copy.copy(n)
+            n._args = fx.node.map_aggregate(n.args, _on_meta)  # type: ignore[attr-defined]
+            n._kwargs = fx.node.map_aggregate(n.kwargs, _on_meta)  # type: ignore[attr-defined]
         result = super().run_node(n)
         if isinstance(result, torch.Tensor):
             self.shapes[n.name] = tuple(int(s) for s in result.shape)
@@ -87,9 +92,11 @@ def _without_values(module: fx.GraphModule) -> fx.GraphModule:
     return copy.deepcopy(module, memo).to("meta")
 
 
+def _on_meta(value: Any) -> Any:
+    return torch.device("meta") if isinstance(value, torch.device) else value
+
+
 def _makes_a_tensor(node: fx.Node) -> bool:
-    if node.kwargs.get("device") is not None:
-        return True
     schema = getattr(node.target, "_schema", None)
     if schema is None or not any(a.name == "device" for a in schema.arguments):
         return False

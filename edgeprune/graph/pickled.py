@@ -25,7 +25,8 @@ from edgeprune.graph.archive import MAX_TEXT_BYTES
 
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
-_MAX_EXPANDED = 1 << 24  # elements a stride-0 tensor may have beyond its storage
+_MAX_OPCODES = 500_000  # a tensor takes about fifty
+_SPARE_VALUES = 1 << 24  # that views may show beyond what is stored
 
 DTYPES: dict[str, torch.dtype] = {
     "Float": torch.float32, "Double": torch.float64, "Half": torch.float16, "BFloat16": torch.bfloat16,
@@ -66,6 +67,36 @@ class Storage:
 MakeTensor = Callable[[Storage, int, tuple[int, ...], tuple[int, ...]], torch.Tensor]
 
 
+class Storages:
+    """The raw bytes of an archive's tensors, each read once, and the views of them.
+
+    Equal views are one tensor (tied weights). All views together may not show much more than is stored: a thousand
+    names for one large storage would each be copied when converted to single precision.
+    """
+
+    def __init__(self, read: Callable[[str], bytes]):
+        self._read = read
+        self._bytes: dict[str, torch.Tensor] = {}
+        self._views: dict[tuple[Any, ...], torch.Tensor] = {}
+        self._spare = _SPARE_VALUES
+
+    def tensor(
+        self, name: str, dtype: torch.dtype, offset: int, size: tuple[int, ...], stride: tuple[int, ...]
+    ) -> torch.Tensor:
+        """Raises ModelFileError when the view does not lie within the storage."""
+        if name not in self._bytes:
+            data = self._read(name)
+            self._bytes[name] = raw_bytes(data)
+            self._spare += 2 * len(data)
+        key = (name, dtype, offset, size, stride)
+        if key not in self._views:
+            self._views[key] = made = tensor_from(self._bytes[name], dtype, offset, size, stride)
+            self._spare -= made.numel()
+            if self._spare < 0:
+                raise ModelFileError("the tensors claim far more values than are stored")
+        return self._views[key]
+
+
 def tensor_from(
     data: torch.Tensor, dtype: torch.dtype, offset: int, size: tuple[int, ...], stride: tuple[int, ...]
 ) -> torch.Tensor:
@@ -77,7 +108,7 @@ def tensor_from(
         numel *= n
         last += (n - 1) * step
     available = data.numel() // dtype.itemsize
-    if numel and (last >= available or numel > available + _MAX_EXPANDED):
+    if numel and (last >= available or numel > available + _SPARE_VALUES):
         raise ModelFileError(f"a tensor of size {size} claims more than the {available} values that are stored")
     if not numel:
         return torch.empty(size, dtype=dtype)
@@ -95,17 +126,11 @@ def shapes_only(storage: Storage, offset: int, size: tuple[int, ...], stride: tu
 
 
 def stored_tensors(read: Callable[[str], bytes]) -> MakeTensor:
-    """A MakeTensor that reads each storage once; equal views of one storage become the same tensor (tied weights)."""
-    storages: dict[str, torch.Tensor] = {}
-    views: dict[tuple[Any, ...], torch.Tensor] = {}
+    """A MakeTensor on the storages that ``read`` gives by key."""
+    storages = Storages(read)
 
     def make(storage: Storage, offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> torch.Tensor:
-        if storage.key not in storages:
-            storages[storage.key] = raw_bytes(read(storage.key))
-        key = (storage.key, storage.dtype, offset, size, stride)
-        if key not in views:
-            views[key] = tensor_from(storages[storage.key], storage.dtype, offset, size, stride)
-        return views[key]
+        return storages.tensor(storage.key, storage.dtype, offset, size, stride)
 
     return make
 
@@ -164,7 +189,9 @@ class _Machine:
         self.memo: dict[int, Any] = {}
 
     def run(self, stream: bytes | io.BytesIO) -> Any:
-        for opcode, arg, _ in pickletools.genops(stream):
+        for count, (opcode, arg, _) in enumerate(pickletools.genops(stream)):
+            if count > _MAX_OPCODES:
+                raise ModelFileError("a pickle of more than half a million steps; that is no model")
             name = opcode.name
             if name == "STOP":
                 return self.stack.pop()

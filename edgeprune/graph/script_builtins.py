@@ -17,9 +17,10 @@ import torch
 
 from edgeprune.errors import ModelFileError, UnsupportedModelError
 from edgeprune.graph.operators import aten_packet
+from edgeprune.graph.trace import refuse_unwieldy
 
 _NUMBERS = (int, float, bool, torch.SymInt, torch.SymFloat, torch.SymBool)
-_MAX_LIST, _MAX_TEXT = 100_000, 4_000
+_MAX_LIST, _MAX_TEXT, _MAX_LEAVES = 1_000, 4_000, 10_000
 
 
 def call_torch(name: str, args: list[Any], kwargs: dict[str, Any], scalars: Mapping[int, Any], origin: str) -> Any:
@@ -35,8 +36,8 @@ def call_torch(name: str, args: list[Any], kwargs: dict[str, Any], scalars: Mapp
         return _ANYTHING[name](*args)
     if name in _ARITHMETIC and not kwargs:
         plain = [scalars.get(id(a), a) if isinstance(a, torch.Tensor) else a for a in args]
-        if all(isinstance(a, _NUMBERS) or a is None or isinstance(a, str) for a in plain) and any(
-            not isinstance(a, torch.Tensor) for a in args
+        if all(isinstance(a, _NUMBERS) or a is None for a in plain) and not all(
+            isinstance(a, torch.Tensor) for a in args
         ):
             return _bounded(_ARITHMETIC[name](*plain))
     if name in _KEEPS_NUMBER and args and isinstance(args[0], _NUMBERS):
@@ -45,7 +46,17 @@ def call_torch(name: str, args: list[Any], kwargs: dict[str, Any], scalars: Mapp
         return _tensor(args[0], args[1] if len(args) > 1 else kwargs.get("dtype"))
     if name in ("_convolution", "convolution"):
         return _convolution(args, origin)
-    return aten_packet(name, origin)(*args, **{k: _on_cpu(v) for k, v in kwargs.items()})
+    leaves(args)
+    packet = aten_packet(name, origin)
+    try:
+        return packet(*args, **{k: _on_cpu(v) for k, v in kwargs.items()})
+    except RuntimeError as error:
+        if "failed to match any schema" not in str(error):
+            raise
+        kinds = ", ".join(type(a).__name__ for a in args)
+        raise UnsupportedModelError(
+            f"{origin}: the code calls aten::{name} with ({kinds}), which fits no overload"
+        ) from error
 
 
 def call_prim(name: str, args: list[Any], origin: str) -> Any:
@@ -71,7 +82,26 @@ def to_bool(value: Any) -> bool:
     return bool(value)
 
 
+def leaves(value: Any) -> list[Any]:
+    """What lies in nested lists, tuples and dicts. Lists that hold one another a thousandfold are refused."""
+    found: list[Any] = []
+    stack, visited = [value], 0
+    while stack:
+        top = stack.pop()
+        visited += 1
+        if visited > _MAX_LEAVES:
+            raise ModelFileError("a list in the code grows beyond all bounds")
+        if isinstance(top, dict):
+            top = list(top.values())
+        if isinstance(top, (list, tuple)):
+            stack.extend(reversed(top))
+        else:
+            found.append(top)
+    return found
+
+
 def _bounded(value: Any) -> Any:
+    refuse_unwieldy(value)
     if type(value) is int and abs(value) >= 1 << 63:
         raise ModelFileError("a number in the code leaves 64 bits")
     if isinstance(value, (list, tuple)) and len(value) > _MAX_LIST:
@@ -153,6 +183,12 @@ def _set_item(container: Any, key: Any, value: Any) -> Any:
     return container
 
 
+def _same(a: Any, b: Any) -> bool:
+    if len(leaves(a)) != len(leaves(b)):
+        return False
+    return bool(a == b)
+
+
 def _cut(values: Any, start: Any = None, end: Any = None, step: Any = None) -> Any:
     return values[start:end:step]
 
@@ -171,6 +207,11 @@ def _max(*args: Any) -> Any:
 
 def _min(*args: Any) -> Any:
     return _extreme(min, torch.sym_min, *args)
+
+
+def _clamp(value: Any, low: Any = None, high: Any = None) -> Any:
+    value = value if low is None else _max(value, low)
+    return value if high is None else _min(value, high)
 
 
 _TENSOR_FACTS: dict[str, Callable[..., Any]] = {
@@ -200,13 +241,13 @@ _CONTAINERS: dict[str, Callable[..., Any]] = {
     "mul": _repeat,
     "__getitem__": operator.getitem,
     "_set_item": _set_item,
-    "__contains__": lambda values, value: value in values,
+    "__contains__": lambda values, value: any(_same(v, value) for v in values),
     "keys": lambda values: list(values.keys()),
     "values": lambda values: list(values.values()),
     "items": lambda values: list(values.items()),
     "get": lambda values, *args: values.get(*args),
-    "eq": operator.eq,
-    "ne": operator.ne,
+    "eq": lambda a, b: _same(a, b),
+    "ne": lambda a, b: not _same(a, b),
     "lower": lambda text: text.lower(),
     "format": _format,
     "numel": lambda values: len(values),
@@ -261,6 +302,11 @@ _ARITHMETIC: dict[str, Callable[..., Any]] = {
     "exp": math.exp,
     "max": _max,
     "min": _min,
+    "clamp": _clamp,
+    "clamp_min": lambda a, low: _clamp(a, low),
+    "clamp_max": lambda a, high: _clamp(a, None, high),
+    "maximum": _max,
+    "minimum": _min,
     "Int": to_int,
     "Float": to_float,
     "Bool": to_bool,

@@ -21,7 +21,8 @@ import torch
 from edgeprune.errors import ModelFileError, UnsupportedModelError
 from edgeprune.graph.script_builtins import call_prim, call_torch, to_bool, to_float, to_int
 
-MAX_STEPS = 1_000_000
+MAX_STEPS = 300_000
+MAX_CALLS = 5_000  # of operators: each takes milliseconds while being exported
 MAX_DEPTH = 60
 
 
@@ -55,6 +56,7 @@ class Evaluator:
         self.scalars = scalars
         self.origin = library.origin
         self.steps = 0
+        self.calls = 0
         self.depth = 0
         self.written: dict[tuple[int, str], Any] = {}  # attributes that the code itself assigns
 
@@ -207,6 +209,9 @@ class Evaluator:
 
     def call_name(self, path: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
         space, _, name = path.partition(".")
+        self.calls += space != "__torch__" and any(isinstance(leaf, torch.Tensor) for leaf in args)
+        if self.calls > MAX_CALLS:
+            raise ModelFileError(f"{self.origin}: the code of the model does not come to an end")
         if space == "torch" and "." not in name:
             return call_torch(name, args, kwargs, self.scalars, self.origin)
         if space == "__torch__":
@@ -271,7 +276,7 @@ _FORMS: dict[str, Callable[[Evaluator, ast.Call, dict[str, Any]], Any]] = {
     "int": _converted(to_int),
     "float": _converted(to_float),
     "bool": _converted(to_bool),
-    "str": _converted(lambda value: str(value)[:1000]),
+    "str": _converted(lambda value: str(value)[:1000] if isinstance(value, (int, float, str)) else "?"),
     "getattr": _getattr,
     "isinstance": _isinstance,
     "print": lambda run, node, variables: None,

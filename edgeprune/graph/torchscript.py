@@ -8,18 +8,22 @@ walk is exported like any torch module: the result is the network at hand, with 
 from __future__ import annotations
 
 import ast
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from edgeprune.errors import ModelFileError, UnsupportedModelError
+from edgeprune.errors import EdgepruneError, ModelFileError, UnsupportedModelError
 from edgeprune.graph.archive import MAX_FILE_BYTES, Archive
 from edgeprune.graph.operators import checked_name, checked_path
 from edgeprune.graph.pickled import Thing, shapes_only, stored_tensors, unpickle
+from edgeprune.graph.script_builtins import leaves
 from edgeprune.graph.script_eval import Evaluator
 
-_MAX_CODE_BYTES = 8 << 20
+_MAX_CODE_BYTES = 4 << 20
+_MAX_ATTRIBUTES = 100_000
 _SINGLE = (torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -71,8 +75,23 @@ class ScriptNet(ScriptObject):
         names = [a.arg for a in arguments.args][1:]
         return [checked_name(n, self._script.origin) for n in names[: len(names) - len(arguments.defaults)]]
 
+    def rehearse(self, shapes: Sequence[Sequence[int]]) -> None:
+        """Walk the code once without values: refusals and endless loops show within a second or two, long before
+        exporting would get there. Raises what the code itself leads to; what torch says is left to the export."""
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+            values: dict[str, torch.Tensor] = {
+                n: mode.from_tensor(t) for n, t in (*self.named_parameters(), *self.named_buffers())
+            }
+            inputs = tuple(torch.empty(2, *shape[1:]) for shape in shapes)
+            try:
+                torch.func.functional_call(self, values, inputs)
+            except (EdgepruneError, RecursionError):
+                raise
+            except Exception:
+                return
+
     def forward(self, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(_flat(self._script.run(self, args)))
+        return tuple(v for v in leaves(self._script.run(self, args)) if isinstance(v, torch.Tensor))
 
 
 class _Script:
@@ -85,6 +104,7 @@ class _Script:
         self.scalars = {id(c): c.item() for c in self.constants if _is_integer(c)}
         self.made: dict[int, ScriptObject] = {id(content): root}
         self.parameters: dict[int, nn.Parameter] = {}
+        self.attributes = 0
         self.fill(root, content)
 
     def run(self, root: ScriptObject, args: tuple[torch.Tensor, ...]) -> Any:
@@ -159,6 +179,9 @@ class _Script:
         return self.made[id(thing)]
 
     def plain(self, value: Any) -> Any:
+        self.attributes += 1
+        if self.attributes > _MAX_ATTRIBUTES:
+            raise ModelFileError(f"{self.origin}: more than {_MAX_ATTRIBUTES} attributes; that is no model")
         if isinstance(value, Thing):
             return self.object(value)
         if isinstance(value, (list, tuple)):
@@ -217,11 +240,3 @@ def _is_integer(value: Any) -> bool:
 
 def _single(value: Any) -> Any:
     return value.float() if isinstance(value, torch.Tensor) and value.dtype in _SINGLE else value
-
-
-def _flat(value: Any) -> list[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = list(value.values())
-    return [t for v in value for t in _flat(v)] if isinstance(value, (list, tuple)) else []

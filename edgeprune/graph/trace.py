@@ -16,6 +16,17 @@ from torch import fx, nn
 from edgeprune.errors import EdgepruneError, UnsupportedModelError
 
 OTHER_FLOATS = (torch.float16, torch.bfloat16, torch.float64)
+_MAX_FORMULA = 20  # operations in the formula of a size: plain strides and halvings stay below 5
+
+
+class UnwieldySizesError(Exception):
+    """A size became a long formula of the input's, as "same" padding makes it: minutes of symbolic arithmetic ahead."""
+
+
+def refuse_unwieldy(size: Any) -> None:
+    """Raise UnwieldySizesError for a symbolic size of many operations, so that height and width become fixed."""
+    if isinstance(size, (torch.SymInt, torch.SymFloat)) and size.node.expr.count_ops() > _MAX_FORMULA:
+        raise UnwieldySizesError("sizes become unwieldy formulas")
 
 
 def export(
@@ -49,18 +60,40 @@ def _first_that_works(
     spatial = tuple({0: auto, **dict.fromkeys(range(2, len(s)), auto)} for s in shapes)
     batch = tuple({0: auto} for _ in shapes)
     error: Exception | None = None
-    for dynamic in (spatial, batch):
-        for analysed in (False, True) if strict else (False,):
-            try:
-                arguments = _by_argument(module, dynamic)
-                return torch.export.export(module, inputs, dynamic_shapes=arguments, strict=analysed)
-            except EdgepruneError:
-                raise
-            except Exception as e:  # torch.export raises many kinds; the first one is shown
-                error = error or e
+    hooks = [child.register_forward_hook(_watch) for child in module.modules()] if _can_hook(module) else []
+    try:
+        for dynamic in (spatial, batch):
+            for analysed in (False, True) if strict else (False,):
+                try:
+                    arguments = _by_argument(module, dynamic)
+                    return torch.export.export(module, inputs, dynamic_shapes=arguments, strict=analysed)
+                except EdgepruneError:
+                    raise
+                except UnwieldySizesError as e:
+                    error = error or e
+                    break
+                except Exception as e:  # torch.export raises many kinds; the first one is shown
+                    error = error or e
+    finally:
+        for hook in hooks:
+            hook.remove()
     reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
     shown = ", ".join("x".join(map(str, s)) for s in shapes)
     raise UnsupportedModelError(f"{origin}: torch.export cannot trace it at input {shown}: {reason}")
+
+
+def _can_hook(module: nn.Module) -> bool:
+    """Hooks would end up in the graph of modules that are a graph already, and those are quick."""
+    return not any(isinstance(child, fx.GraphModule) for child in module.modules())
+
+
+def _watch(module: nn.Module, args: Any, output: Any) -> None:
+    if torch.compiler.is_dynamo_compiling():
+        return
+    for value in output if isinstance(output, (tuple, list)) else (output,):
+        if isinstance(value, torch.Tensor):
+            for size in value.shape:
+                refuse_unwieldy(size)
 
 
 def functional(module: fx.GraphModule, shapes: Sequence[Sequence[int]], origin: str) -> fx.GraphModule:
