@@ -33,6 +33,7 @@ class Fit:
     target: name of the node whose value is to be matched
     other:  name of the other operand if the target is an addition
     aim:    name of the original's node that the target stands for
+    rectified: whether relus are all that reads the target
     """
 
     node: str
@@ -40,6 +41,7 @@ class Fit:
     target: str
     other: str | None
     aim: str
+    rectified: bool = False
 
 
 def find_fits(original: Program, current: Program) -> list[Fit]:
@@ -58,7 +60,10 @@ def find_fits(original: Program, current: Program) -> list[Fit]:
         if aim not in original.order and target is not end:
             target, other, aim = end, None, _aim(original, current, end)
         if aim in original.order:
-            fits.append(Fit(node.name, norm.name if norm else None, target.name, other.name if other else None, aim))
+            names = (norm.name if norm else None, target.name, other.name if other else None)
+            readers = _readers(current, target)
+            rectified = bool(readers) and all(_is_relu(r) for r in readers)
+            fits.append(Fit(node.name, *names, aim, rectified))
     return fits
 
 

@@ -7,13 +7,11 @@ statistics become those of the new layer, so that training can go on from there.
 
 Source: the reconstruction step of CaP (Xie et al., 2021) and ThiNet (Luo et al., 2017).
 Deviations: targets come from the original network throughout; the sum behind a residual branch is matched rather than
-the branch, which absorbs the error of removed blocks; the ridge draws towards the present weights and its strength,
-"leave it alone" included, is chosen on calibration images that the fit has not seen.
+the branch, which absorbs the error of removed blocks; errors that a relu behind will hide are not counted (layer.py).
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,8 +22,8 @@ from torch import Tensor, fx, nn
 from edgeprune.graph.network import Network
 from edgeprune.prune.afford import multiply_adds, peak_bytes, sizes_of
 from edgeprune.prune.aims import Fit, Kept, find_fits, kept_of
-from edgeprune.prune.gram import RIDGES, gram, ridge_step, solve_ridge
-from edgeprune.prune.patches import Positions, channel_dim, pack, place_count, rows_at, unpack, values_at
+from edgeprune.prune.layer import Task, refit_layer
+from edgeprune.prune.patches import Positions, channel_dim, output_places, place_count, rows_at, values_at
 from edgeprune.prune.program import Batches, Program, Values, as_batches, run, sweep
 
 WORK = 2e10  # multiply-adds spent on one layer's Gram matrix
@@ -33,7 +31,6 @@ MAX_ROWS, MIN_ROWS = 32768, 2048
 MIN_IMAGES = 16
 ACTIVATION_BYTES = 2 << 30
 PASS_WORK = 2e12  # multiply-adds of one pass over all images
-HELD_OUT = 4  # every fourth image judges the ridge
 
 
 @dataclass
@@ -196,7 +193,7 @@ def _fit(
 ) -> dict[str, nn.Module]:
     leaf, dim = program.leaf(node), channel_dim(program.leaf(node))
     inputs = values[program.sources(node)[0].name]
-    shape = _place(leaf, inputs[0])
+    shape = output_places(leaf, inputs[0])
     where = reference.where(shape, rows)
     target = reference.at(f.aim, rows, shape)
     selection = kept_of(kept, str(node.target), leaf.weight.shape[0], target.shape[1])
@@ -204,111 +201,16 @@ def _fit(
         return {}
     if len(selection) < target.shape[1]:
         target = target[:, selection]
-    if f.other is not None:
-        other = values_at(values[f.other], dim, where)
-        if other.shape != target.shape:
-            return {}  # a broadcast sum
-        target = target - other
+    other = values_at(values[f.other], dim, where) if f.other is not None else None
+    if other is not None and other.shape != target.shape:
+        return {}  # a broadcast sum
     norm = program.leaf(by_name[f.norm]) if f.norm is not None else None
-    return refit_leaf(leaf, norm, str(node.target), by_name[f.norm].target if f.norm else None,
-                      rows_at(leaf, inputs, where), target, where[0])  # fmt: skip
-
-
-def _place(leaf: Any, x: Tensor) -> tuple[int, ...]:
-    if isinstance(leaf, nn.Linear):
-        return tuple(x.shape[1:-1])
-    pad = leaf._reversed_padding_repeated_twice
-    rank = len(leaf.kernel_size)
-    sizes = []
-    for d in range(rank):
-        both = pad[2 * (rank - 1 - d)] + pad[2 * (rank - 1 - d) + 1]
-        reach = leaf.dilation[d] * (leaf.kernel_size[d] - 1)
-        sizes.append((int(x.shape[2 + d]) + both - reach - 1) // leaf.stride[d] + 1)
-    return tuple(sizes)
-
-
-def refit_leaf(
-    leaf: Any, norm: Any, path: str, norm_path: Any, rows: Tensor, target: Tensor, image: Tensor
-) -> dict[str, nn.Module]:
-    """New copies of a layer and of the batch norm behind it, so that together they give ``target`` (n, outputs) from
-    ``rows`` as nearly as they can; none if that gains nothing on held-out images."""
-    scale, shift = _affine(norm, leaf)
-    packed = pack(leaf)
-    if packed.dim() == 3:
-        groups = packed.shape[0]
-        packed = packed * scale.reshape(groups, 1, -1)
-        packed[:, -1] += shift.reshape(groups, -1)
-        residual = target.reshape(len(target), groups, -1).transpose(0, 1) - torch.bmm(rows, packed)
-        steps = [choose_step(rows[g], residual[g], image) for g in range(groups)]
-        if all(s is None for s in steps):
-            return {}
-        packed = packed + torch.stack([torch.zeros_like(packed[0]) if s is None else s for s in steps])
-        raw = torch.bmm(rows, packed).transpose(0, 1).flatten(1)
-    else:
-        packed = packed * scale
-        packed[-1] += shift
-        step = choose_step(rows, target - rows @ packed, image)
-        if step is None:
-            return {}
-        packed = packed + step
-        raw = rows @ packed
-    weight, bias = unpack(leaf, packed)
-    new = copy.deepcopy(leaf)
-    if norm is None:
-        new.weight.data.copy_(weight)
-        new.bias = nn.Parameter(bias, requires_grad=leaf.weight.requires_grad)
-        return {path: new}
-    safe = _safe(scale)
-    new.weight.data.copy_(weight / safe.reshape(-1, *[1] * (weight.dim() - 1)))
-    own = new.bias.detach() if new.bias is not None else torch.zeros_like(bias)
-    plain = (raw - bias) / safe + own  # what the layer gives without its batch norm
-    fresh = copy.deepcopy(norm)
-    mean, var = plain.double().mean(0), plain.double().var(0, unbiased=False)
-    fresh.running_mean.copy_(mean)
-    fresh.running_var.copy_(var)
-    fresh.weight.data.copy_(safe.double() * torch.sqrt(var + norm.eps))
-    fresh.bias.data.copy_(bias.double() + safe.double() * (mean - own.double()))
-    return {path: new, str(norm_path): fresh}
-
-
-def _affine(norm: Any, leaf: Any) -> tuple[Tensor, Tensor]:
-    """(scale, shift) of the batch norm, for the packed weight with its bias row scaled too."""
-    if norm is None:
-        ones = torch.ones(leaf.weight.shape[0], device=leaf.weight.device)
-        return ones, torch.zeros_like(ones)
-    scale = norm.weight.detach().double() * torch.rsqrt(norm.running_var.double() + norm.eps)
-    return scale.float(), (norm.bias.detach().double() - norm.running_mean.double() * scale).float()
-
-
-def _safe(scale: Tensor) -> Tensor:
-    """Scales kept away from zero: they are divided by."""
-    floor = 1e-3 * float(scale.abs().median().clamp_min(1e-6))
-    return torch.where(scale.abs() < floor, torch.full_like(scale, floor), scale)
-
-
-def choose_step(rows: Tensor, residual: Tensor, image: Tensor) -> Tensor | None:
-    """The ridge step with the strength that serves held-out images best; None if none beats leaving it alone."""
-    held = image % HELD_OUT == HELD_OUT - 1
-    if not bool(held.any()) or bool(held.all()):
-        return ridge_step(rows, residual, RIDGES[2])
-    energy = float(residual.double().square().sum())
-    if energy <= 1e-10 * len(rows):
-        return None
-    a, b = rows[~held], residual[~held]
-    c, d = rows[held], residual[held]
-    best, strength = float(d.double().square().sum()) * (1 - 1e-4), None
-    if len(a) < a.shape[1]:
-        for ridge in RIDGES[2:]:
-            error = float((d - c @ ridge_step(a, b, ridge)).double().square().sum())
-            if error < best:
-                best, strength = error, ridge
-        return None if strength is None else ridge_step(rows, residual, strength)
-    g, cross = gram(a), gram(a, b)
-    gv, crossv = gram(c), gram(c, d)
-    base = float(d.double().square().sum())
-    for ridge in RIDGES:
-        step = solve_ridge(g, cross, ridge)
-        error = base - 2 * float((step * crossv).sum()) + float((step * (gv @ step)).sum())
-        if error < best:
-            best, strength = error, ridge
-    return None if strength is None else solve_ridge(g + gv, cross + crossv, strength).to(rows.dtype)
+    task = Task(rows_at(leaf, inputs, where), target, other, where[0], f.rectified)
+    found = refit_layer(leaf, norm, task)
+    if found is None:
+        return {}
+    new, fresh = found
+    changed: dict[str, nn.Module] = {str(node.target): new}
+    if fresh is not None and f.norm is not None:
+        changed[str(by_name[f.norm].target)] = fresh
+    return changed

@@ -16,10 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from edgeprune.graph.channels import ChannelGroup
-from edgeprune.prune.compensate import _place
 from edgeprune.prune.gram import Elimination, System, gram, solve_ridge
 from edgeprune.prune.judge import Judge
-from edgeprune.prune.patches import pack, refittable, rows_at, unpack
+from edgeprune.prune.patches import output_places, pack, refittable, rows_at, unpack
 
 MAX_COLUMNS = 4700  # a larger Gram matrix costs more than it is worth: such consumers are cut without a refit
 ROWS = 8192
@@ -69,7 +68,7 @@ def _measure(judge: Judge, leaf: Any, nodes: Sequence[Any], packed: Tensor) -> t
     values = judge.values(names)
     for name in names:
         parts = values[name]
-        where = judge.reference.where(_place(leaf, parts[0]), max(2048, int(min(ROWS, 1e10 / len(packed) ** 2))))
+        where = judge.reference.where(output_places(leaf, parts[0]), max(2048, int(min(ROWS, 1e10 / len(packed) ** 2))))
         total += gram(rows_at(leaf, parts, where))
     w = packed.double()
     second = (w * (total @ w)).sum()

@@ -9,7 +9,7 @@ blocks (a channel read by several layers); all arithmetic float64.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,9 +39,9 @@ def ridge_step(rows: Tensor, residual: Tensor, ridge: float) -> Tensor:
     return solve_ridge(gram(rows), gram(rows, residual), ridge).to(rows.dtype)
 
 
-def solve_ridge(g: Tensor, cross: Tensor, ridge: float) -> Tensor:
-    """``(g + r I)^-1 cross`` in float64, r = ridge * mean diagonal; the last column (the bias) gets a tiny r only.
-    A matrix that is not positive definite gets ten times the ridge until it is."""
+def ridge_solver(g: Tensor, ridge: float) -> Callable[[Tensor], Tensor]:
+    """``cross -> (g + r I)^-1 cross`` in float64, r = ridge * mean diagonal; the last column (the bias) gets a tiny r
+    only. A matrix that is not positive definite gets ten times the ridge until it is."""
     scale = float(g.diagonal()[:-1].mean()) if len(g) > 1 else 1.0
     scale = scale if scale > 0 else 1.0
     penalty = torch.full((len(g),), scale * max(ridge, 1e-12), dtype=g.dtype, device=g.device)
@@ -49,8 +49,13 @@ def solve_ridge(g: Tensor, cross: Tensor, ridge: float) -> Tensor:
     while True:
         factor, info = torch.linalg.cholesky_ex(g + torch.diag(penalty))
         if int(info) == 0:
-            return torch.cholesky_solve(cross, factor)
+            return lambda cross: torch.cholesky_solve(cross, factor)
         penalty = penalty * 10 + 1e-12 * scale
+
+
+def solve_ridge(g: Tensor, cross: Tensor, ridge: float) -> Tensor:
+    """``ridge_solver(g, ridge)(cross)``."""
+    return ridge_solver(g, ridge)(cross)
 
 
 def _dual_step(rows: Tensor, residual: Tensor, ridge: float) -> Tensor:

@@ -58,6 +58,20 @@ def place_count(x: Tensor, channel_dim: int) -> tuple[int, ...]:
     return tuple(int(s) for d, s in enumerate(x.shape) if d not in (0, channel_dim % x.dim()))
 
 
+def output_places(leaf: Any, x: Tensor) -> tuple[int, ...]:
+    """Sizes of the non-channel, non-batch dims of the layer's output for the input ``x``."""
+    if isinstance(leaf, nn.Linear):
+        return tuple(x.shape[1:-1])
+    pad = leaf._reversed_padding_repeated_twice
+    rank = len(leaf.kernel_size)
+    sizes = []
+    for d in range(rank):
+        both = pad[2 * (rank - 1 - d)] + pad[2 * (rank - 1 - d) + 1]
+        reach = leaf.dilation[d] * (leaf.kernel_size[d] - 1)
+        sizes.append((int(x.shape[2 + d]) + both - reach - 1) // leaf.stride[d] + 1)
+    return tuple(sizes)
+
+
 def channel_dim(leaf: Any) -> int:
     """Where the layer's channels lie: 1 for convolutions and batch norms, last for linears."""
     return -1 if isinstance(leaf, nn.Linear) else 1

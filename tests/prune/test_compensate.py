@@ -11,7 +11,8 @@ from edgeprune.graph.lift import lift
 from edgeprune.graph.surgery import cut, remove
 from edgeprune.prune.aims import trace_channels
 from edgeprune.prune.bn import reestimate
-from edgeprune.prune.compensate import choose_step, compensate
+from edgeprune.prune.compensate import compensate
+from edgeprune.prune.layer import choose_step
 from edgeprune.prune.program import Program, as_batches, divergence, outputs, run
 
 
@@ -127,6 +128,23 @@ def test_noise_is_not_fitted():
     image = torch.arange(200) // 10
     step = choose_step(rows, residual, image)
     assert step is None or float((rows @ step).square().mean()) < 0.1
+
+
+def test_behind_a_relu_only_what_it_lets_through_is_fitted():
+    """The loss that the steps are said to minimise, against the plain least-squares step."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.cat([torch.randn(800, 10, generator=generator), torch.ones(800, 1)], 1)
+    aim = torch.randn(800, 3, generator=generator) + rows[:, :3] - 4 * rows[:, 3:6].relu()
+    start = torch.zeros_like(aim)
+    image = torch.arange(800) // 20
+    plain, rectified = choose_step(rows, aim, image), choose_step(rows, aim, image, start)
+
+    def loss(step):
+        given = rows @ step
+        return float(torch.where(aim > 0, given - aim, given.clamp_min(0)).square().mean())
+
+    assert loss(rectified) < 0.8 * loss(plain)
+    assert float((rows @ rectified - aim).square().mean()) > float((rows @ plain - aim).square().mean())
 
 
 def test_running_means_of_reestimated_norms_are_those_of_the_data(network):

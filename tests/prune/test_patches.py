@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from edgeprune.prune.compensate import _place
-from edgeprune.prune.patches import Positions, channel_dim, pack, rows_at, unpack, values_at
+from edgeprune.prune.patches import Positions, channel_dim, output_places, pack, rows_at, unpack, values_at
 
 LAYERS = {
     "3x3": (nn.Conv2d(4, 6, 3, padding=1), (4, 9, 7)),
@@ -33,7 +32,7 @@ def test_rows_times_weight_is_the_output(name):
         y = layer(x)
         dim = channel_dim(layer)
         places = tuple(int(s) for d, s in enumerate(y.shape) if d not in (0, dim % y.dim()))
-        assert _place(layer, x) == places
+        assert output_places(layer, x) == places
         where = Positions(3).pick(10, places, 60)
         expected = values_at(list(y.split(4)), dim, where)
         rows, packed = rows_at(layer, parts, where), pack(layer)
