@@ -20,12 +20,12 @@ from __future__ import annotations
 
 import copy
 import operator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from edgeprune.graph.affine import Affine, absorb, feed, of_batch_norm
 from edgeprune.graph.network import BATCH_NORMS, CONV_TRANSPOSES, CONVS, DROPOUTS, Network, shapes
 
 aten = torch.ops.aten
@@ -36,14 +36,6 @@ _IDEMPOTENT = (aten.relu.default, aten.hardtanh.default, aten.relu6.default, ate
 _MUL, _ADD = aten.mul.Tensor, aten.add.Tensor
 _DIV, _SUB = aten.div.Tensor, aten.sub.Tensor
 _RSUBS = (aten.rsub.Scalar, aten.rsub.Tensor)
-
-
-@dataclass(frozen=True, slots=True)
-class _Affine:
-    """``y = scale * x + shift`` per channel; both float64, of shape (C,) or () ."""
-
-    scale: torch.Tensor
-    shift: torch.Tensor
 
 
 def fold(network: Network) -> Network:
@@ -132,7 +124,7 @@ class _Folder:
     def back(self) -> None:
         """Every affine map goes into the weights before it. One pass in graph order takes whole chains, since the
         producer stands in the place of what it took in when the next link is reached."""
-        chosen: dict[fx.Node, list[tuple[fx.Node, _Affine]]] = {}
+        chosen: dict[fx.Node, list[tuple[fx.Node, Affine]]] = {}
         tail: dict[fx.Node, fx.Node] = {}  # last node of a chain -> the producer that will give its value
         for node in self.graph.nodes:
             if self._is_producer(node):
@@ -172,12 +164,12 @@ class _Folder:
             return None
         return activations[0]
 
-    def _affine(self, node: fx.Node, producer: fx.Node) -> _Affine | None:
+    def _affine(self, node: fx.Node, producer: fx.Node) -> Affine | None:
         leaf = self._leaf(producer)
         if node.op == "call_module":
             if isinstance(leaf, nn.Linear) and self._rank(producer) != 2:
                 return None  # the batch norm's channels are not the linear's features
-            return _batch_norm(self._leaf(node))
+            return of_batch_norm(self._leaf(node))
         other = next(a for a in node.args if a is not self._source(node))
         value = self._constant(other)
         if value is None:
@@ -194,15 +186,15 @@ class _Folder:
         value = value.reshape(-1) if value.numel() == channels else value.reshape(())
         one, zero = torch.ones((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
         if node.target is _MUL:
-            return _Affine(value, zero)
+            return Affine(value, zero)
         if node.target is _DIV:
-            return _Affine(1 / value, zero)
+            return Affine(1 / value, zero)
         alpha: Any = node.kwargs.get("alpha", 1)
         if node.target in _RSUBS:
-            return _Affine(-one * alpha, value)
+            return Affine(-one * alpha, value)
         if node.target is _ADD:
-            return _Affine(one, alpha * value) if node.args[1] is other else _Affine(one * alpha, value)
-        return _Affine(one, -alpha * value) if node.args[1] is other else _Affine(-one * alpha, value)
+            return Affine(one, alpha * value) if node.args[1] is other else Affine(one * alpha, value)
+        return Affine(one, -alpha * value) if node.args[1] is other else Affine(-one * alpha, value)
 
     def _constant(self, value: Any) -> torch.Tensor | None:
         if isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -224,14 +216,14 @@ class _Folder:
         for node in list(self.graph.nodes):
             if not self._is_norm(node) or not node.users or not all(self._takes(user, node) for user in node.users):
                 continue
-            affine = _batch_norm(self._leaf(node))
+            affine = of_batch_norm(self._leaf(node))
             for path in dict.fromkeys(str(user.target) for user in node.users):
                 calls = [n for n in self.graph.nodes if n.op == "call_module" and n.target == path]
                 mine = [n for n in calls if n in node.users]
                 target = path if len(mine) == len(calls) else self._clone(path)
                 for call in mine:
                     call.target = target
-                _feed(self.module.get_submodule(target), affine)
+                feed(self.module.get_submodule(target), affine)
             node.replace_all_uses_with(node.args[0])
             self.graph.erase_node(node)
 
@@ -253,7 +245,7 @@ class _Folder:
 
     # --- both -------------------------------------------------------------------------------------------------------
 
-    def _apply(self, chosen: dict[fx.Node, list[tuple[fx.Node, _Affine]]]) -> None:
+    def _apply(self, chosen: dict[fx.Node, list[tuple[fx.Node, Affine]]]) -> None:
         """Change each module once for all its calls that fold the same; clones for those that fold differently."""
         for path, calls in self.network.modules_called().items():
             kinds: dict[tuple[Any, ...], list[fx.Node]] = {}
@@ -265,7 +257,7 @@ class _Folder:
                 for call in members:
                     call.target = target
                 if members[0] in chosen:
-                    _absorb(self.module.get_submodule(target), [affine for _, affine in chosen[members[0]]])
+                    absorb(self.module.get_submodule(target), [affine for _, affine in chosen[members[0]]])
         for producer, chain in chosen.items():
             last = chain[-1][0]
             last.replace_all_uses_with(producer)
@@ -280,7 +272,7 @@ class _Folder:
         for node in list(self.graph.nodes):
             if not self._is_norm(node):
                 continue
-            affine, ones = _batch_norm(self._leaf(node)), [1] * (self._rank(node) - 2)
+            affine, ones = of_batch_norm(self._leaf(node)), [1] * (self._rank(node) - 2)
             with self.graph.inserting_before(node):
                 value = node.args[0]
                 for call, kind, constant in ((_MUL, "scale", affine.scale), (_ADD, "shift", affine.shift)):
@@ -293,58 +285,6 @@ class _Folder:
             self.names[value] = node.name
             node.replace_all_uses_with(value)
             self.graph.erase_node(node)
-
-
-def _absorb(leaf: Any, chain: list[_Affine]) -> None:
-    """Each link in turn: ``scale * (W x + b) + shift``."""
-    weight = leaf.weight.detach().double()
-    transposed = isinstance(leaf, CONV_TRANSPOSES)
-    channels = leaf.out_channels if transposed else weight.shape[0]
-    bias = leaf.bias.detach().double() if leaf.bias is not None else weight.new_zeros(channels)
-    for affine in chain:
-        scale = affine.scale.expand(channels)
-        bias = bias * scale + affine.shift
-        if transposed:  # weight (in, out / groups, ...); output channel = group * (out / groups) + column
-            grouped = weight.reshape(leaf.groups, -1, *weight.shape[1:])
-            shape = (leaf.groups, 1, weight.shape[1], *[1] * (weight.dim() - 2))
-            weight = (grouped * scale.reshape(shape)).reshape(weight.shape)
-        else:
-            weight = weight * scale.reshape(-1, *[1] * (weight.dim() - 1))
-    _set(leaf, weight, bias)
-
-
-def _batch_norm(norm: Any) -> _Affine:
-    mean, var = norm.running_mean.double(), norm.running_var.double()
-    scale = torch.rsqrt(var + norm.eps)
-    if norm.weight is not None:
-        scale = scale * norm.weight.detach().double()
-    shift = -mean * scale
-    if norm.bias is not None:
-        shift = shift + norm.bias.detach().double()
-    return _Affine(scale, shift)
-
-
-def _feed(leaf: Any, affine: _Affine) -> None:
-    """``W (scale * x + shift) + b`` for an unpadded convolution or a linear."""
-    weight = leaf.weight.detach().double()
-    groups = int(getattr(leaf, "groups", 1))
-    out, per_group = weight.shape[0], weight.shape[1]
-    ones = [1] * (weight.dim() - 2)
-    # row o of a grouped convolution reads the inputs of group o // (out / groups)
-    scale, shift = (
-        v.reshape(groups, 1, per_group).expand(groups, out // groups, per_group).reshape(out, per_group, *ones)
-        for v in (affine.scale, affine.shift)
-    )
-    bias = (weight * shift).flatten(1).sum(1)
-    if leaf.bias is not None:
-        bias = bias + leaf.bias.detach().double()
-    _set(leaf, weight * scale, bias)
-
-
-def _set(leaf: Any, weight: torch.Tensor, bias: torch.Tensor) -> None:
-    old = leaf.weight
-    leaf.weight = nn.Parameter(weight.to(old.dtype), requires_grad=old.requires_grad)
-    leaf.bias = nn.Parameter(bias.to(old.dtype), requires_grad=old.requires_grad)
 
 
 def _all_zero(padding: Any) -> bool:

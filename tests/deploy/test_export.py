@@ -127,7 +127,7 @@ def test_a_given_name_that_another_tensor_has(block, model):
     assert largest_error(block, renamed) <= 1e-5
 
 
-@pytest.mark.parametrize(("inputs", "results"), [(["a", "b"], None), (None, []), (["a"], ["a"])])
+@pytest.mark.parametrize(("inputs", "results"), [(["a", "b"], None), (None, []), (["a"], ["a"]), (None, ["x"])])
 def test_wrong_names_are_refused(block, inputs, results):
     with pytest.raises(UsageError):
         to_onnx(block, inputs, results)

@@ -1,0 +1,73 @@
+"""Per-channel affine maps, and how the weights around them take them in. Float64 until the one rounding at the end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from edgeprune.graph.network import CONV_TRANSPOSES
+
+
+@dataclass(frozen=True, slots=True)
+class Affine:
+    """``y = scale * x + shift`` per channel; both float64, of shape (C,) or () ."""
+
+    scale: torch.Tensor
+    shift: torch.Tensor
+
+
+def of_batch_norm(norm: Any) -> Affine:
+    """What a batch norm with running statistics does."""
+    mean, var = norm.running_mean.double(), norm.running_var.double()
+    scale = torch.rsqrt(var + norm.eps)
+    if norm.weight is not None:
+        scale = scale * norm.weight.detach().double()
+    shift = -mean * scale
+    if norm.bias is not None:
+        shift = shift + norm.bias.detach().double()
+    return Affine(scale, shift)
+
+
+def absorb(leaf: Any, chain: list[Affine]) -> None:
+    """Change weight and bias of a convolution or linear so that it gives what the chain gives behind it: for each link
+    in turn ``scale * (W x + b) + shift``."""
+    weight = leaf.weight.detach().double()
+    transposed = isinstance(leaf, CONV_TRANSPOSES)
+    channels = leaf.out_channels if transposed else weight.shape[0]
+    bias = leaf.bias.detach().double() if leaf.bias is not None else weight.new_zeros(channels)
+    for affine in chain:
+        scale = affine.scale.expand(channels)
+        bias = bias * scale + affine.shift
+        if transposed:  # weight (in, out / groups, ...); output channel = group * (out / groups) + column
+            grouped = weight.reshape(leaf.groups, -1, *weight.shape[1:])
+            shape = (leaf.groups, 1, weight.shape[1], *[1] * (weight.dim() - 2))
+            weight = (grouped * scale.reshape(shape)).reshape(weight.shape)
+        else:
+            weight = weight * scale.reshape(-1, *[1] * (weight.dim() - 1))
+    _set(leaf, weight, bias)
+
+
+def feed(leaf: Any, affine: Affine) -> None:
+    """Change an unpadded convolution or a linear so that it takes what the map takes: ``W (scale * x + shift) + b``."""
+    weight = leaf.weight.detach().double()
+    groups = int(getattr(leaf, "groups", 1))
+    out, per_group = weight.shape[0], weight.shape[1]
+    ones = [1] * (weight.dim() - 2)
+    # row o of a grouped convolution reads the inputs of group o // (out / groups)
+    scale, shift = (
+        v.reshape(groups, 1, per_group).expand(groups, out // groups, per_group).reshape(out, per_group, *ones)
+        for v in (affine.scale, affine.shift)
+    )
+    bias = (weight * shift).flatten(1).sum(1)
+    if leaf.bias is not None:
+        bias = bias + leaf.bias.detach().double()
+    _set(leaf, weight * scale, bias)
+
+
+def _set(leaf: Any, weight: torch.Tensor, bias: torch.Tensor) -> None:
+    old = leaf.weight
+    leaf.weight = nn.Parameter(weight.to(old.dtype), requires_grad=old.requires_grad)
+    leaf.bias = nn.Parameter(bias.to(old.dtype), requires_grad=old.requires_grad)
