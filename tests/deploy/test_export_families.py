@@ -16,12 +16,12 @@ from edgeprune.graph.lift import lift
 
 MODELS = Path(__file__).parents[2] / "tools" / "models.py"
 
-FAST = ["mobilenetv3_small_050", "regnety_002", "ghostnet_050", "convnext_atto"]
+FAST = ["mobilenetv3_small_050", "regnety_002", "convnext_atto"]
 SLOW = [
     "resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2", "resnet26t", "seresnet18", "densenet121", "vgg11_bn",
     "mobilenetv1_100", "mobilenetv2_100", "mobilenetv3_large_100", "mobilenetv4_conv_small", "mnasnet_small",
     "efficientnet_b0", "efficientnetv2_rw_t", "tf_efficientnet_b0", "inception_v3", "inception_v4",
-    "inception_resnet_v2", "inception_next_atto", "xception41", "regnetx_002", "ghostnetv2_100", "convnext_pico",
+    "inception_resnet_v2", "inception_next_atto", "xception41", "regnetx_002", "ghostnet_050", "ghostnetv2_100", "convnext_pico",
     "convnextv2_pico", "hrnet_w18_small", "skresnet18", "fastvit_t8", "repvit_m0_9", "repghostnet_050",
     "res2net50_26w_4s", "resnest14d", "dla34", "dpn48b", "vovnet39a", "ese_vovnet19b_dw", "cspresnet50",
     "cspdarknet53", "darknet53", "selecsls42b", "mixnet_s", "repvgg_a0", "mobileone_s0", "starnet_s1", "nf_resnet26",
