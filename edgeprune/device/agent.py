@@ -74,10 +74,8 @@ def bound(session):
     held = []
     for value in session.get_inputs():
         shape = [d if isinstance(d, int) and d > 0 else 1 for d in value.shape]
-        array = random_values(int(np.prod(shape))).reshape(shape)
-        if value.type != "tensor(float)":
-            array = array.astype({"tensor(int64)": np.int64, "tensor(int32)": np.int32}[value.type])
-        held.append(ort.OrtValue.ortvalue_from_numpy(array))
+        dtype = {"tensor(int64)": np.int64, "tensor(int32)": np.int32}.get(value.type, np.float32)
+        held.append(ort.OrtValue.ortvalue_from_numpy(random_values(int(np.prod(shape))).reshape(shape).astype(dtype)))
         binding.bind_ortvalue_input(value.name, held[-1])
     for value in session.get_outputs():
         shape = list(value.shape)
@@ -123,44 +121,69 @@ def spend(session, binding, milliseconds, least, inner=1, threads=1):
     return taken
 
 
+def enough(job, seconds, samples):
+    """Whether to stop: the time is over and there are runs enough, half of ``least`` uninterrupted; on a busy
+    processor three times as long is waited for those."""
+    if seconds * 1e3 < job["time_ms"] or len(samples) < job["least"]:
+        return False
+    good = sum(1 for _, interrupted in samples if not interrupted)
+    return 2 * good >= job["least"] or seconds * 1e3 > 3 * job["time_ms"] + 100
+
+
 def measure_kernels(job, blobs):
-    """Per-node microseconds of one model from the runtime's profiler. With ``compare`` a second session without the
-    profiler takes turns with the first, so that the profiler's own cost shows."""
+    """Per-node microseconds of one model from the runtime's profiler, once for each entry of ``evict_mb``: so much
+    memory is read before every run, to empty the caches. With ``compare`` a second session without the profiler takes
+    turns with the first, so that the profiler's own cost shows.
+    """
     import numpy as np
     import onnxruntime as ort
 
     folder = tempfile.mkdtemp(prefix="edgeprune-")
     threads = int(job["threads"])
+    filler = random_values(int(max(job["evict_mb"]) * 250000))
     try:
-        ready = []
+        ready, kept = [], []
         for profiled in (True, False) if job["compare"] else (True,):
             options = session_options(job)
             options.enable_profiling = profiled
             options.profile_file_prefix = os.path.join(folder, "p")
-            weights = add_weights(options, job["weights"])
+            kept.append(add_weights(options, job["weights"]))
             session = ort.InferenceSession(blobs[0], options, providers=[job["provider"]])
-            ready.append((session, *bound(session), weights))
+            binding, held = bound(session)
+            kept.append(held)
+            ready.append((session, binding))
         gc.disable()
-        warm = [len(spend(session, binding, job["warmup_ms"], 3)) for session, binding, _, _ in ready]
-        taken: list = [[] for _ in ready]
-        end = time.perf_counter() + job["time_ms"] / 1e3
-        while time.perf_counter() < end or len(taken[0]) < job["least"]:
-            for (session, binding, _, _), samples in zip(ready, taken):
-                samples.append(sample(session, binding, 1, threads))
-        with open(ready[0][0].end_profiling(), "rb") as file:
+        session, binding = ready[0]
+        warm = len(spend(session, binding, job["warmup_ms"], 2))
+        told: list = []
+        plain: list = []
+        for evict_mb in job["evict_mb"]:
+            part = filler[: int(evict_mb * 250000)]
+            told.append([])
+            plain.append([])
+            begin = time.perf_counter()
+            while not enough(job, time.perf_counter() - begin, told[-1]):
+                for (session, binding), samples in zip(ready, (told[-1], plain[-1])):
+                    if len(part):
+                        part.max()
+                    samples.append(sample(session, binding, 1, threads))
+        session = ready[0][0]
+        with open(session.end_profiling(), "rb") as file:
             events = [e for e in json.load(file) if e.get("cat") == "Node" and e["name"].endswith("_kernel_time")]
         nodes: list = []
         for event in events:
             if nodes and event["args"].get("node_index") == nodes[0][2]:
                 break
             nodes.append((event["name"][: -len("_kernel_time")], event["args"]["op_name"], event["args"]["node_index"]))
-        if not nodes or len(events) % len(nodes):
-            raise RuntimeError("%d profile events do not divide into runs of %d nodes" % (len(events), len(nodes)))
-        micros = np.array([e["dur"] for e in events], np.int32).reshape(-1, len(nodes))[warm[0] :]
-        answer = {"nodes": [[name, op] for name, op, _ in nodes], "runs": len(micros)}
-        answer["interrupted"] = [int(flag) for _, flag in taken[0]]
-        answer["whole"] = [[seconds, int(flag)] for seconds, flag in taken[-1]] if job["compare"] else []
-        return answer, [micros.tobytes()]
+        counts = [len(samples) for samples in told]
+        if not nodes or len(events) != (warm + sum(counts)) * len(nodes):
+            raise RuntimeError("%d profile events are not %s runs of %d nodes" % (len(events), counts, len(nodes)))
+        micros = np.array([e["dur"] for e in events], np.int32).reshape(-1, len(nodes))
+        starts = [warm + sum(counts[:at]) for at in range(len(counts))]
+        answer = {"nodes": [[name, op] for name, op, _ in nodes]}
+        answer["interrupted"] = [[int(flag) for _, flag in samples] for samples in told]
+        answer["whole"] = [[[seconds, int(flag)] for seconds, flag in samples] for samples in plain]
+        return answer, [micros[start : start + count].tobytes() for start, count in zip(starts, counts)]
     finally:
         gc.enable()
         shutil.rmtree(folder, ignore_errors=True)

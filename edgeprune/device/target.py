@@ -35,16 +35,18 @@ class Protocol:
     batch_ms:         kernels are batched until one run of the batch is expected to take this long
     rounds:           interleaved rounds over whole networks
     round_ms:         measuring time of one network in one round
+    evict_mb:         read between two runs of a batch, so that weights come from main memory as in a large network
     drift:            a batch whose reference kernel is slower than the session's best by this share is repeated
     repeats:          how often a batch is repeated at most because of drift
     """
 
     id: str = "ep-lat-1"
-    warmup_ms: float = 20.0
-    kernel_ms: float = 60.0
-    batch_ms: float = 3.0
+    warmup_ms: float = 10.0
+    kernel_ms: float = 50.0
+    batch_ms: float = 2.0
     rounds: int = 15
     round_ms: float = 20.0
+    evict_mb: float = 32.0
     drift: float = 0.10
     repeats: int = 2
 

@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from edgeprune.device.device import PipeDevice
 from edgeprune.errors import TableError
+from edgeprune.latency.kernel import Kernel
+from edgeprune.latency.memory import fit_memory, footprint
 from edgeprune.latency.networks import REFERENCE_CONVS, Timings, measure_networks
 from edgeprune.latency.table import LatencyTable, NetworkRow, now
 
@@ -38,28 +40,47 @@ class Calibration:
         return self.scale * sum_ms + self.per_kernel_ms * kernels + self.constant_ms
 
 
-def fit(table: LatencyTable) -> Calibration:
-    """The calibration that a table's whole networks give; rows whose kernels are not all measured are left out."""
-    sums, counts, times = [], [], []
+def build_of(kernels: Iterable[Kernel]) -> frozenset[tuple[object, ...]]:
+    """What kind of network it is: its kernels without their channel counts. Networks cut from one another are of like
+    build."""
+    return frozenset((k.op, k.attrs, k.output[2:], k.tail) for k in kernels)
+
+
+def fit(table: LatencyTable, like: frozenset[tuple[object, ...]] | None = None) -> Calibration:
+    """The calibration that a table's whole networks give; rows whose kernels are not all measured are left out.
+
+    Networks count by how much of their build they share with ``like`` (all the same without it), since what a sum
+    misses depends on the kind of kernels.
+    """
+    memory = fit_memory(table)
+    sums, counts, times, weights = [], [], [], []
     for row in table.networks.values():
+        kernels = [Kernel.from_key(key) for key in row.keys]
+        size = footprint(kernels)
         try:
-            sums.append(sum(table.ms(key) for key in row.keys))
+            told = sum(table.ms(key, memory.share(size)) for key in row.keys)
         except TableError:
             continue
+        sums.append(told + memory.touch_ms(size))
         counts.append(len(row.keys))
         times.append(row.ratio * REFERENCE_CONVS * table.reference_ms)
-    return fit_samples(np.array(sums), np.array(counts), np.array(times))
+        build = build_of(kernels)
+        weights.append(1.0 if like is None else max(0.01, len(build & like) / len(build | like)) ** 2)
+    return fit_samples(np.array(sums), np.array(counts), np.array(times), np.array(weights))
 
 
-def fit_samples(sums: np.ndarray, counts: np.ndarray, times: np.ndarray) -> Calibration:
-    """sums, counts, times: (networks,) plain sums in ms, kernels, measured ms."""
+def fit_samples(
+    sums: np.ndarray, counts: np.ndarray, times: np.ndarray, importance: np.ndarray | None = None
+) -> Calibration:
+    """sums, counts, times: (networks,) plain sums in ms, kernels, measured ms. ``importance``: (networks,) weights."""
     if len(sums) == 0:
         return Calibration()
     unit = np.array([1.0, 1e-3, 1e-2])  # per kernel a microsecond, once ten: columns of like size for the pull
     design = np.stack([sums, counts, np.ones(len(sums))], axis=1) / times[:, None] * unit
     prior = np.array([1.0, 0.0, 0.0])
     pull = np.sqrt(PULL) * np.diag([1.0, 0.1, 0.1])
-    weights = np.ones(len(sums))
+    given = np.ones(len(sums)) if importance is None else importance
+    weights = given
     solution = prior
     for _ in range(30):
         root = np.sqrt(weights)
@@ -67,7 +88,7 @@ def fit_samples(sums: np.ndarray, counts: np.ndarray, times: np.ndarray) -> Cali
         target = np.concatenate([root, pull @ prior])
         solution = _non_negative(rows, target)
         error = np.abs(design @ solution - 1)
-        weights = np.minimum(1.0, HUBER / np.maximum(error, 1e-12))
+        weights = given * np.minimum(1.0, HUBER / np.maximum(error, 1e-12))
     scale, per_kernel, constant = (float(v) for v in solution * unit)
     return Calibration(scale, per_kernel, constant, len(sums))
 

@@ -4,6 +4,9 @@ The runtime's profiler counts whole microseconds and rounds down; half a microse
 whole numbers cannot resolve a kernel of few microseconds, so below 50 us the mean of the middle four fifths of the runs
 is taken: robust against what disturbs a run, and averaging the rounding away. The profiler also costs 2 to 3 us a node,
 which running the same model without it reveals.
+
+Every kernel is measured hot, right after the same batch has run, and cold, with the caches emptied before each run;
+where a network lies between is memory.py's business.
 """
 
 from __future__ import annotations
@@ -12,15 +15,15 @@ import math
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from edgeprune.device.device import Job, PipeDevice, Result
+from edgeprune.device.device import Job, PipeDevice
 from edgeprune.errors import DeviceError
 from edgeprune.latency.kernel import Kernel
-from edgeprune.latency.micro import build
-from edgeprune.latency.table import Measurement, OverheadRow, now
+from edgeprune.latency.micro import Micro, build, weight_bytes
+from edgeprune.latency.table import Measurement, MemoryRow, OverheadRow, now
 
 REFERENCE = Kernel(
     op="Conv",
@@ -37,7 +40,9 @@ REFERENCE = Kernel(
 )
 SMALL_US = 50.0
 LEAST_RUNS = 12
-OVERHEAD_KERNELS = 32
+OVERHEAD_KERNELS = 24
+OVERHEAD_SHAPE = (1, 16, 16, 16)
+MEMORY_SHAPE = (1, 256, 7, 7)
 MB_PER_S = 50.0  # slowest link and session creation that is waited for
 _BRANCH = re.compile(r"([kpq])(\d+)_")
 
@@ -52,32 +57,24 @@ def measure_batch(device: PipeDevice, kernels: Sequence[Kernel], expected_ms: fl
     Raises KernelsFailedError when the device answers that the batch failed, DeviceLostError when it does not answer,
     TableError for a kernel that cannot be rebuilt.
     """
-    protocol = device.target.protocol
     micro = build([REFERENCE, *kernels])
-    fields = {
-        "weights": micro.weights,
-        "warmup_ms": protocol.warmup_ms,
-        "time_ms": protocol.kernel_ms,
-        "compare": False,
-        "least": LEAST_RUNS,
-    }
-    timeout_s = 20.0 + micro.weight_bytes / MB_PER_S / 1e6 + 20 * (protocol.kernel_ms + 40 * expected_ms) / 1e3
-    result = device.run(Job("kernels", fields, [micro.model], timeout_s=timeout_s))
-    if not result.ok:
-        raise KernelsFailedError(f"target {device.target.name}: {result.error}")
-    return read_batch(result, kernels)
-
-
-def read_batch(result: Result, kernels: Sequence[Kernel]) -> list[Measurement]:
-    """Raises KernelsFailedError when a kernel has no node of its own in the profile."""
-    nodes, micros, interrupted = _profile(result)
-    runs = _undisturbed(micros, interrupted)
-    owners = _owners(nodes)
-    reference = _summary(runs, owners, 0, REFERENCE)
+    hot, cold = _run(device, micro, (0.0, device.target.protocol.evict_mb), expected_ms)
     rows = []
     for index, kernel in enumerate(kernels, start=1):
-        row = _summary(runs, owners, index, kernel)
-        rows.append(replace(row, ref_ms=reference.raw_ms))
+        near, far = hot.summary(index, kernel), cold.summary(index, kernel)
+        rows.append(
+            Measurement(
+                kernel.key(),
+                hot_ms=near.ms,
+                cold_ms=far.ms,
+                nodes=near.nodes,
+                hot_ref_ms=hot.summary(0, REFERENCE).ms,
+                cold_ref_ms=cold.summary(0, REFERENCE).ms,
+                spread=max(near.spread, far.spread),
+                n=near.n,
+                time=now(),
+            )
+        )
     return rows
 
 
@@ -86,40 +83,120 @@ def measure_overhead(device: PipeDevice) -> OverheadRow:
 
     Raises DeviceError when the device cannot run them.
     """
+    small = replace(REFERENCE, inputs=(OVERHEAD_SHAPE,), output=OVERHEAD_SHAPE)
+    evict = (0.0, device.target.protocol.evict_mb)
+    kinds = _run(device, build([REFERENCE, *[small] * OVERHEAD_KERNELS]), evict, repeat=2, compare=True)
+    costs = []
+    for kind in kinds:
+        plain_us = float(np.median(_undisturbed(kind.whole, kind.whole[:, 1] != 0)[:, 0])) * 1e6
+        told_us = sum(_trimmed_mean(column) + 0.5 for column in kind.runs.T)
+        costs.append(max(0.0, told_us - plain_us) / len(kind.owners) / 1e3)
+    stamp = time.time()
+    reference = kinds[0].summary(0, REFERENCE)
+    return OverheadRow(f"{stamp:.3f}", costs[0], costs[1], reference.ms, reference.n, round(stamp, 1))
+
+
+def measure_memory(device: PipeDevice) -> list[MemoryRow]:
+    """What weights cost that come from main memory: a kernel of many weights among copies of itself, more and more.
+
+    Raises DeviceError when the device cannot run them.
+    """
+    evict_mb = device.target.protocol.evict_mb
+    kernel = replace(REFERENCE, inputs=(MEMORY_SHAPE,), output=MEMORY_SHAPE)
+    rows = []
+    for copies, evict in ((1, 0.0), (2, 0.0), (3, 0.0), (4, 0.0), (6, 0.0), (8, 0.0), (1, evict_mb)):
+        micro = build([REFERENCE, *[kernel] * copies])
+        (told,) = _run(device, micro, (evict,), repeat=2)
+        each = [told.summary(i, kernel).ms for i in range(1, copies + 1)]
+        stamp = now()
+        rows.append(
+            MemoryRow(
+                f"{copies}+{evict:g} {stamp}",
+                working_mb=micro.weight_bytes / 1e6 + evict,
+                weights_mb=weight_bytes(kernel) / 1e6,
+                raw_ms=float(np.median(each)),
+                ref_ms=told.summary(0, REFERENCE).ms,
+                time=stamp,
+            )
+        )
+    return rows
+
+
+@dataclass(frozen=True, slots=True)
+class _Summary:
+    ms: float
+    nodes: int
+    spread: float
+    n: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """What the profiler told about one kind of run: ``runs`` (runs, nodes) microseconds, ``owners`` (nodes,) kernels.
+    ``disturbed``: most runs were interrupted. An interruption takes milliseconds and can fall on one kernel more often
+    than not, so the lower quartile stands for the median then, in the reference kernel too. ``whole``: (runs, 2)
+    seconds of a run without the profiler, and whether it was interrupted."""
+
+    runs: np.ndarray
+    owners: list[int]
+    disturbed: bool
+    whole: np.ndarray
+
+    def summary(self, index: int, kernel: Kernel) -> _Summary:
+        """Raises KernelsFailedError when a kernel has no node of its own in the profile."""
+        mine = [column for column, owner in enumerate(self.owners) if owner == index]
+        if not mine:
+            if kernel.op == "Reshape":  # the runtime may drop a copy that changes nothing
+                return _Summary(0.0, 0, 0.0, len(self.runs))
+            raise KernelsFailedError(f"the runtime made no node of kernel {kernel.key()}")
+        us = self.runs[:, mine].sum(axis=1) + 0.5 * len(mine)
+        low, middle, high = (float(v) for v in np.quantile(us, (0.25, 0.5, 0.75)))
+        if self.disturbed:
+            middle, high = low, min(high, 2 * middle - low)
+        elif middle < SMALL_US:
+            middle = _trimmed_mean(us)
+        half_width = 1.57 * max(high - low, 0.5) / math.sqrt(len(us))
+        return _Summary(middle / 1e3, len(mine), half_width / middle, len(us))
+
+
+def _run(
+    device: PipeDevice,
+    micro: Micro,
+    evict_mb: Sequence[float],
+    expected_ms: float = 2.0,
+    repeat: int = 1,
+    compare: bool = False,
+) -> list[_Told]:
+    """One answer for each entry of ``evict_mb``."""
     protocol = device.target.protocol
-    shape = (1, 16, 32, 32)
-    micro = build([REFERENCE, *[replace(REFERENCE, inputs=(shape,), output=shape)] * OVERHEAD_KERNELS])
     fields = {
         "weights": micro.weights,
         "warmup_ms": protocol.warmup_ms,
-        "time_ms": 3 * protocol.kernel_ms,
-        "least": 3 * LEAST_RUNS,
-        "compare": True,
+        "time_ms": repeat * protocol.kernel_ms,
+        "least": LEAST_RUNS,
+        "evict_mb": list(evict_mb),
+        "compare": compare,
     }
-    result = device.run(Job("kernels", fields, [micro.model]))
+    timeout_s = 30.0 + micro.weight_bytes / MB_PER_S / 1e6 + repeat * protocol.kernel_ms / 50 + expected_ms
+    result = device.run(Job("kernels", fields, [micro.model], timeout_s=timeout_s))
     if not result.ok:
         raise KernelsFailedError(f"target {device.target.name}: {result.error}")
-    nodes, runs, interrupted = _profile(result)
-    whole = np.array(result.fields["whole"], np.float64)
-    pairs = np.stack([runs.sum(axis=1) + 0.5 * len(nodes), whole[:, 0] * 1e6], axis=1)
-    pairs = _undisturbed(pairs, interrupted | (whole[:, 1] != 0))
-    overhead_us = float(np.median(pairs[:, 0] - pairs[:, 1])) / len(nodes)
-    reference = _summary(_undisturbed(runs, interrupted), _owners(nodes), 0, REFERENCE)
-    stamp = time.time()
-    return OverheadRow(f"{stamp:.3f}", max(0.0, overhead_us) / 1e3, reference.raw_ms, len(pairs), round(stamp, 1))
-
-
-def _profile(result: Result) -> tuple[list[str], np.ndarray, np.ndarray]:
-    """(node names, microseconds (runs, nodes), interrupted (runs,)) of an agent's answer."""
     nodes = [str(name) for name, _ in result.fields["nodes"]]
-    micros = np.frombuffer(result.blobs[0], np.int32).reshape(-1, len(nodes)).astype(np.float64)
-    return nodes, micros, np.array(result.fields["interrupted"], bool)
+    owners = _owners(nodes)
+    kinds = []
+    for blob, flags, whole in zip(result.blobs, result.fields["interrupted"], result.fields["whole"], strict=True):
+        runs = np.frombuffer(blob, np.int32).reshape(-1, len(nodes)).astype(np.float64)
+        interrupted = np.array(flags, bool)
+        disturbed = 2 * np.count_nonzero(~interrupted) < LEAST_RUNS
+        kinds.append(_Told(_undisturbed(runs, interrupted), owners, bool(disturbed), np.array(whole, np.float64)))
+    return kinds
 
 
 def _undisturbed(samples: np.ndarray, interrupted: np.ndarray) -> np.ndarray:
-    """Runs the scheduler did not interrupt; all of them when those are too few."""
+    """Runs the scheduler did not interrupt; all of them when those are too few: an interruption then falls into one
+    node of a run, which medians over the runs pass over."""
     good = samples[~interrupted]
-    return good if len(good) >= 5 else samples
+    return good if len(good) >= LEAST_RUNS // 2 else samples
 
 
 def _owners(nodes: Sequence[str]) -> list[int]:
@@ -140,18 +217,7 @@ def _owners(nodes: Sequence[str]) -> list[int]:
     return owners
 
 
-def _summary(runs: np.ndarray, owners: list[int], index: int, kernel: Kernel) -> Measurement:
-    mine = [column for column, owner in enumerate(owners) if owner == index]
-    if not mine:
-        if kernel.op == "Reshape":  # the runtime may drop a copy that changes nothing
-            return Measurement(kernel.key(), raw_ms=0.0, nodes=0, spread=0.0, n=len(runs), time=now())
-        raise KernelsFailedError(f"the runtime made no node of kernel {kernel.key()}")
-    us = runs[:, mine].sum(axis=1) + 0.5 * len(mine)
-    low, middle, high = (float(v) for v in np.quantile(us, (0.25, 0.5, 0.75)))
-    if middle < SMALL_US:
-        cut = len(us) // 10
-        middle = float(np.sort(us)[cut : len(us) - cut].mean())
-    half_width = 1.57 * max(high - low, 0.5) / math.sqrt(len(us))
-    return Measurement(
-        kernel.key(), raw_ms=middle / 1e3, nodes=len(mine), spread=half_width / middle, n=len(us), time=now()
-    )
+def _trimmed_mean(values: np.ndarray) -> float:
+    """Mean of the middle four fifths."""
+    cut = max(1, len(values) // 10) if len(values) > 4 else 0
+    return float(np.sort(values)[cut : len(values) - cut].mean())

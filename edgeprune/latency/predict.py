@@ -14,16 +14,17 @@ from __future__ import annotations
 import bisect
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import onnx
 
 from edgeprune.device.target import Fusion
-from edgeprune.latency.calibrate import Calibration, fit
+from edgeprune.latency.calibrate import Calibration, build_of, fit
 from edgeprune.latency.fusion import sites
 from edgeprune.latency.kernel import Kernel, Shape, Site
+from edgeprune.latency.memory import Footprint, Memory, fit_memory, footprint
 from edgeprune.latency.table import LatencyTable
 
 TWO_SIDED = ("Conv", "ConvTranspose", "Gemm", "MatMul")  # cost is a product of input and output channels
@@ -83,13 +84,21 @@ class LatencyModel:
         self.fusion = fusion or Fusion()
         self._grids: dict[tuple[object, ...], _Grid] = {}
         self._seen = 0
-        self._calibration: tuple[int, int, Calibration] | None = None
+        self._build: frozenset[tuple[object, ...]] | None = None
+        self._fitted_at = (0, 0)
+        self._fitted: dict[frozenset[tuple[object, ...]] | None, Calibration] = {}
+        self.cold = 1.0
+        self._size = Footprint(0.0, 0.0)
+        self._memory: tuple[tuple[int, int], Memory] | None = None
 
-    def predict(self, kernel: Kernel) -> Prediction:
-        """Raises TableError naming the kernel when the table cannot price it."""
+    def predict(self, kernel: Kernel, cold: float | None = None) -> Prediction:
+        """``cold``: from 0, weights in the caches, to 1; by default that of ``place``, and 1 without it.
+
+        Raises TableError naming the kernel when the table cannot price it."""
         key = kernel.key()
+        cold = self.cold if cold is None else cold
         if key in self.table.rows:
-            return Prediction(self.table.ms(key), "measured", self.table.rows[key].spread)
+            return Prediction(self.table.ms(key, cold), "measured", self.table.rows[key].spread)
         self._index()
         for wild in (1, -1):
             family, x, y = self._place(kernel, wild)
@@ -100,7 +109,7 @@ class LatencyModel:
                 u = (x - x0) / (x1 - x0) if x1 > x0 else 0.0
                 v = (y - y0) / (y1 - y0) if y1 > y0 else 0.0
                 corners = ((x0, y0, (1 - u) * (1 - v)), (x1, y0, u * (1 - v)), (x0, y1, (1 - u) * v), (x1, y1, u * v))
-                ms = sum(w * self.table.ms(grid.points[cx, cy]) for cx, cy, w in corners if w)
+                ms = sum(w * self.table.ms(grid.points[cx, cy], cold) for cx, cy, w in corners if w)
                 spread = max(self.table.rows[grid.points[cx, cy]].spread for cx, cy, w in corners if w)
                 return Prediction(ms, "interpolated", spread)
         self.table.row(key)  # raises
@@ -115,23 +124,59 @@ class LatencyModel:
                 result[key] = kernel
         return list(result.values())
 
+    def place(self, kernels: Iterable[Kernel]) -> None:
+        """Say what network the kernels stand in: how cold it runs and which networks calibrate it, for ``predict``,
+        ``price`` and ``constant_ms``."""
+        kernels = list(kernels)
+        self._build = build_of(kernels)
+        self._size = footprint(kernels)
+        self.cold = self.memory.share(self._size)
+
     def price(self, kernel: Kernel) -> float:
-        """The kernel's share of a network in ms, so that prices plus ``calibration.constant_ms`` add up to it."""
+        """The kernel's share of a network in ms: prices plus ``constant_ms`` add up to ``network``, as far as the
+        network runs as cold as the one that ``place`` was told."""
         calibration = self.calibration
         return calibration.scale * self.predict(kernel).ms + calibration.per_kernel_ms
+
+    @property
+    def constant_ms(self) -> float:
+        """What a network takes beside its kernels."""
+        calibration = self.calibration
+        return calibration.scale * self.memory.touch_ms(self._size) + calibration.constant_ms
 
     def network(self, model: onnx.ModelProto | Sequence[Site]) -> float:
         """Predicted milliseconds of a whole network on the quiet device, calibrated as far as networks were measured.
         Raises TableError naming the first kernel that has no price."""
         parts = sites(model, self.fusion) if isinstance(model, onnx.ModelProto) else model
-        return self.calibration.apply(sum(self.predict(site.kernel).ms for site in parts), len(parts))
+        kernels = [site.kernel for site in parts]
+        return self._calibrated(build_of(kernels)).apply(self.plain_sum(kernels), len(kernels))
+
+    def plain_sum(self, kernels: Sequence[Kernel]) -> float:
+        """A network's kernels in their place and first touches, in ms, before any calibration."""
+        size = footprint(kernels)
+        cold = self.memory.share(size)
+        return sum(self.predict(kernel, cold).ms for kernel in kernels) + self.memory.touch_ms(size)
+
+    @property
+    def memory(self) -> Memory:
+        stamp = len(self.table.memory), len(self.table.rows)
+        if self._memory is None or self._memory[0] != stamp:
+            self._memory = (stamp, fit_memory(self.table))
+        return self._memory[1]
 
     @property
     def calibration(self) -> Calibration:
+        """For networks like the one that ``place`` was told."""
+        return self._calibrated(self._build)
+
+    def _calibrated(self, build: frozenset[tuple[object, ...]] | None) -> Calibration:
         stamp = (len(self.table.networks), len(self.table.rows))
-        if self._calibration is None or self._calibration[:2] != stamp:
-            self._calibration = (*stamp, fit(self.table))
-        return self._calibration[2]
+        if self._fitted_at != stamp:
+            self._fitted_at = stamp
+            self._fitted.clear()
+        if build not in self._fitted:
+            self._fitted[build] = fit(self.table, build)
+        return self._fitted[build]
 
     def _can_interpolate(self, kernel: Kernel) -> bool:
         self._index()

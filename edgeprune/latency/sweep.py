@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from edgeprune.device.device import DeviceLostError, PipeDevice
 from edgeprune.errors import TableError
 from edgeprune.latency.kernel import Kernel
-from edgeprune.latency.measure import KernelsFailedError, measure_batch, measure_overhead
+from edgeprune.latency.measure import KernelsFailedError, measure_batch, measure_memory, measure_overhead
 from edgeprune.latency.micro import weight_bytes
 from edgeprune.latency.table import LatencyTable, Measurement, now
 
@@ -53,6 +53,8 @@ def profile(
     stats = SweepStats(known=len(unique) - len(missing))
     if missing:
         table.append([measure_overhead(device)])
+        if not table.memory:
+            table.append(measure_memory(device))
     sweep = _Sweep(device, table, stats)
     done = 0
     for batch in batches(missing, device.target.protocol.batch_ms):
@@ -122,9 +124,9 @@ class _Sweep:
             rows = measure_batch(self.device, batch, cost)
             self.stats.batches += 1
             self.stats.repeated += attempt > 0
-            if not best or rows[0].ref_ms < best[0].ref_ms:
+            if not best or rows[0].hot_ref_ms < best[0].hot_ref_ms:
                 best = rows
-            self.best_ref = min(self.best_ref, best[0].ref_ms)
-            if best[0].ref_ms <= self.best_ref * (1 + protocol.drift):
+            self.best_ref = min(self.best_ref, best[0].hot_ref_ms)
+            if best[0].hot_ref_ms <= self.best_ref * (1 + protocol.drift):
                 break
         return best

@@ -34,18 +34,22 @@ FORMAT = 1
 class Measurement:
     """One kernel, measured in one batch. Times are medians as the runtime's profiler told them.
 
-    raw_ms:      the kernel's nodes together, profiler's own cost included
-    nodes:       how many nodes the runtime made of it (reorders included)
-    ref_ms:      the reference kernel in the same batch, one node
-    spread:      half width of the 95 % confidence interval of the median, as a share of it
-    n:           runs
-    error:       why it could not be measured; the times are 0 then
+    hot_ms:       the kernel's nodes together, profiler's own cost included, with its weights in the caches
+    cold_ms:      the same with the caches emptied before each run
+    nodes:        how many nodes the runtime made of it (reorders included)
+    hot_ref_ms:   the reference kernel in the same batch, one node
+    cold_ref_ms:  the same with the caches emptied
+    spread:       half width of the 95 % confidence interval of the median, as a share of it
+    n:            runs of each kind
+    error:        why it could not be measured; the times are 0 then
     """
 
     key: str
-    raw_ms: float = 0.0
+    hot_ms: float = 0.0
+    cold_ms: float = 0.0
     nodes: int = 0
-    ref_ms: float = 0.0
+    hot_ref_ms: float = 0.0
+    cold_ref_ms: float = 0.0
     spread: float = 0.0
     n: int = 0
     time: float = 0.0
@@ -71,16 +75,40 @@ class NetworkRow:
 
 @dataclass(frozen=True, slots=True)
 class OverheadRow:
-    """The profiler's own cost per node, and the reference kernel beside it. One per sweep."""
+    """The profiler's own cost per node, hot and cold, and the reference kernel beside it, hot. One per sweep."""
 
     key: str
-    overhead_ms: float
+    hot_ms: float
+    cold_ms: float
     ref_ms: float
     n: int = 0
     time: float = 0.0
 
 
-Row = Measurement | NetworkRow | OverheadRow
+@dataclass(frozen=True, slots=True)
+class MemoryRow:
+    """A kernel of ``weights_mb`` megabytes of weights, measured where one run touches ``working_mb`` in all."""
+
+    key: str
+    working_mb: float
+    weights_mb: float
+    raw_ms: float
+    ref_ms: float
+    time: float = 0.0
+
+
+Row = Measurement | NetworkRow | OverheadRow | MemoryRow
+
+
+@dataclass(frozen=True, slots=True)
+class _Normal:
+    """The reference kernel as the profiler tells it, hot and cold, and the profiler's cost per node."""
+
+    stamp: int
+    hot_ms: float
+    cold_ms: float
+    hot_overhead_ms: float
+    cold_overhead_ms: float
 
 
 class LatencyTable:
@@ -94,8 +122,9 @@ class LatencyTable:
         self.rows: dict[str, Measurement] = {}
         self.networks: dict[str, NetworkRow] = {}
         self.overheads: dict[str, OverheadRow] = {}
+        self.memory: dict[str, MemoryRow] = {}
         self._read_to = 0
-        self._reference: tuple[int, float, float] | None = None
+        self._reference: _Normal | None = None
         self.reload()
 
     def reload(self) -> None:
@@ -134,20 +163,25 @@ class LatencyTable:
 
     @property
     def reference_ms(self) -> float:
-        """The reference kernel on the quiet device: best decile over all batches. TableError in an empty table."""
-        return self._normal()[0]
+        """The reference kernel, hot, on the quiet device: best decile over all batches. TableError if empty."""
+        return self._normal().hot_ms - self._normal().hot_overhead_ms
 
     @property
     def overhead_ms(self) -> float:
         """The profiler's own cost per node on the quiet device."""
-        return self._normal()[1]
+        return self._normal().hot_overhead_ms
 
-    def ms(self, key: str) -> float:
-        """A kernel's time on the quiet device, without the profiler's cost. Raises TableError when there is no row."""
+    def ms(self, key: str, cold: float = 1.0) -> float:
+        """A kernel's time on the quiet device, without the profiler's cost; ``cold`` from 0, weights in the caches,
+        to 1. Raises TableError when there is no row."""
         row = self.row(key)
-        reference, overhead = self._normal()
-        slowdown = row.ref_ms / (reference + overhead)
-        return max(row.raw_ms / slowdown - overhead * row.nodes, 0.02 * row.raw_ms)
+        normal = self._normal()
+        if not row.nodes:
+            return 0.0
+        hot = row.hot_ms * normal.hot_ms / row.hot_ref_ms - normal.hot_overhead_ms * row.nodes
+        far = row.cold_ms * normal.cold_ms / row.cold_ref_ms - normal.cold_overhead_ms * row.nodes
+        hot = max(hot, 0.02 * row.hot_ms)
+        return hot + cold * (max(hot, far) - hot)
 
     def row(self, key: str) -> Measurement:
         """Raises TableError when the kernel was not measured or could not be."""
@@ -159,27 +193,29 @@ class LatencyTable:
             raise TableError(f"kernel {key} could not be measured on {self.fingerprint.target}: {row.error}")
         return row
 
-    def _normal(self) -> tuple[float, float]:
-        """(reference, overhead per node) in ms; only the ratios to the batch's reference enter."""
+    def _normal(self) -> _Normal:
         good = [row for row in self.rows.values() if not row.error]
         if not good:
             raise TableError(
                 f"latency table {self.path} is empty; fill it with `edgeprune profile --target "
                 f"{self.fingerprint.target} --model MODEL`"
             )
-        stamp = len(good) + len(self.overheads)
-        if self._reference is None or self._reference[0] != stamp:
-            raw_reference = float(np.quantile([row.ref_ms for row in good], 0.1))
-            shares = [row.overhead_ms / row.ref_ms for row in self.overheads.values()]
-            overhead = float(np.median(shares)) * raw_reference if shares else 0.0
-            self._reference = (stamp, raw_reference - overhead, overhead)
-        return self._reference[1], self._reference[2]
+        stamp = len(self.rows) + len(self.overheads)
+        if self._reference is None or self._reference.stamp != stamp:
+            hot = float(np.quantile([row.hot_ref_ms for row in good if row.nodes], 0.1))
+            cold = float(np.quantile([row.cold_ref_ms for row in good if row.nodes], 0.1))
+            shares = [(row.hot_ms / row.ref_ms, row.cold_ms / row.ref_ms) for row in self.overheads.values()]
+            overhead = np.median(shares, axis=0) * hot if shares else np.zeros(2)
+            self._reference = _Normal(stamp, hot, cold, float(overhead[0]), float(overhead[1]))
+        return self._reference
 
     def _place(self, row: Row) -> tuple[str, dict[str, Any]]:
         if isinstance(row, NetworkRow):
             return "network", self.networks
         if isinstance(row, OverheadRow):
             return "overhead", self.overheads
+        if isinstance(row, MemoryRow):
+            return "memory", self.memory
         return "kernel", self.rows
 
     def _take(self, data: bytes) -> None:
@@ -204,6 +240,8 @@ class LatencyTable:
                 row = NetworkRow(**{**document, "keys": tuple(document["keys"])})
             elif kind == "overhead":
                 row = OverheadRow(**document)
+            elif kind == "memory":
+                row = MemoryRow(**document)
             else:
                 raise ValueError(f"unknown kind {kind!r}")
             self._place(row)[1].setdefault(row.key, row)
