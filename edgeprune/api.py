@@ -49,6 +49,7 @@ def profile(
         if model is not None:
             anatomy = dissect(_network(model, input_shape))
             pricing.calibrate(anatomy, pricing.prepare(anatomy))
+            pricing.settle(anatomy)
         else:
             pricing.check()
         tally, table = pricing.tally, pricing.table

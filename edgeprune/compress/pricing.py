@@ -35,6 +35,7 @@ from edgeprune.plan.problem import Plan
 Callback = Callable[[float, float, str], None]
 
 CALIBRATIONS = 8  # random networks of the same kind, timed whole
+SETTLING = 4  # new rows can move an edge of the stairs; then its neighbours are measured too
 FULL_GRID = 40  # a two-axis span with this many combinations or fewer is measured whole
 
 
@@ -99,15 +100,30 @@ class Pricing:
         """
         if not self._candidates:
             self._measure(line_rows(anatomy.spans, self.block), "measuring stairs")
-            found = group_candidates(anatomy, self._known_ms)
-            self._candidates = {g.name: w for g, w in zip(anatomy.channels.groups, found, strict=True)}
+            for _ in range(SETTLING):
+                found = group_candidates(anatomy, self._known_ms)
+                self._candidates = {g.name: w for g, w in zip(anatomy.channels.groups, found, strict=True)}
+                if not self._fill(anatomy, self._fitting(anatomy)):
+                    break
+        candidates = self._fitting(anatomy)
+        self._fill(anatomy, candidates)
+        return candidates
+
+    def settle(self, anatomy: Anatomy) -> None:
+        """Once more with the table as it is now, so that the next ``prepare`` finds everything measured."""
+        self._candidates = {}
+        self.prepare(anatomy)
+
+    def _fitting(self, anatomy: Anatomy) -> Sequence[Widths]:
         groups = anatomy.channels.groups
-        candidates = [
-            tuple(sorted({w for w in self._candidates.get(g.name, ()) if w < g.size} | {g.size})) for g in groups
-        ]
+        return [tuple(sorted({w for w in self._candidates.get(g.name, ()) if w < g.size} | {g.size})) for g in groups]
+
+    def _fill(self, anatomy: Anatomy, candidates: Sequence[Widths]) -> int:
+        """Measure what plans over these candidates need; how many kernels that were."""
+        before = self.tally.measured + self.tally.failed
         self._measure(self._lattices(anatomy, candidates), "measuring kernels")
         self._measure(self.model.missing(list(needed_kernels(anatomy, candidates).values())), "measuring kernels")
-        return candidates
+        return self.tally.measured + self.tally.failed - before
 
     def calibrate(self, anatomy: Anatomy, candidates: Sequence[Widths]) -> None:
         """Time the network and random plans of it whole, once for each network, so that sums of kernels come out
