@@ -98,6 +98,7 @@ class Pricing:
         The first network prepared decides the candidates, where its measured stairs end; networks cut from it keep
         those that still fit.
         """
+        self.model.place([span.site.kernel for span in anatomy.spans])
         if not self._candidates:
             self._measure(line_rows(anatomy.spans, self.block), "measuring stairs")
             for _ in range(SETTLING):
@@ -154,7 +155,7 @@ class Pricing:
         return self.model.price(kernel)
 
     def constant_ms(self) -> float:
-        return self.model.calibration.constant_ms
+        return self.model.constant_ms
 
     def predict(self, model: onnx.ModelProto) -> float:
         """Calibrated latency in ms of a whole network from the table alone."""
