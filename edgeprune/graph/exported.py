@@ -23,7 +23,8 @@ from edgeprune.errors import ModelFileError, UnsupportedModelError
 from edgeprune.graph.archive import MAX_FILE_BYTES, Archive
 from edgeprune.graph.lift import place
 from edgeprune.graph.operators import checked_name, checked_path, resolve
-from edgeprune.graph.pickled import Storages, stored_tensors, unpickle
+from edgeprune.graph.pickled import unpickle
+from edgeprune.graph.storage import Storages, stored_tensors
 
 _MAX_NODES = 20_000  # the largest networks have some thousand
 _OLD_PROGRAM = "serialized_exported_program.json"
@@ -37,6 +38,7 @@ _MEMORY_FORMATS = {
     3: torch.channels_last_3d,
     4: torch.preserve_format,
 }
+_CONTEXTS = {f"torch.ops.higher_order.wrap_with_{name}" for name in ("set_grad_enabled", "autocast")}
 _LITERALS: dict[str, Callable[[Any], Any]] = {"as_int": int, "as_bool": bool, "as_string": str, "as_float": float}
 
 
@@ -129,13 +131,13 @@ class _Builder:
         self.values: dict[str, Any] = {}
         self.shapes: list[tuple[int, ...]] = []
         self.baked: int | None = None
+        self.nodes = 0
+        self.parameters: dict[int, nn.Parameter] = {}
 
     def build(self) -> Flat:
         for spec in self.signature["input_specs"]:
             ((kind, content),) = spec.items()
             self.input(kind, content)
-        if len(self.json["nodes"]) > _MAX_NODES:
-            raise ModelFileError(f"{self.origin}: a graph of more than {_MAX_NODES} nodes; that is no model")
         for node in self.json["nodes"]:
             self.node(node)
         outputs = [
@@ -167,7 +169,7 @@ class _Builder:
                 raise ModelFileError(f"{self.origin}: the values of {kind} {path[:80]} are missing from the archive")
             tensor = self.tensors[path]
             if kind == "parameter" and tensor.is_floating_point():
-                tensor = self.tensors[path] = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor)
+                tensor = self.parameters.setdefault(id(tensor), nn.Parameter(tensor))  # one for tied weights
             place(self.root, path, tensor, buffer=kind != "parameter")
             self.values[str(content["arg"]["name"])] = self.graph.get_attr(path)
         elif kind == "constant_input":
@@ -176,6 +178,12 @@ class _Builder:
             raise UnsupportedModelError(f"{self.origin}: the exported model takes a {kind[:40]}, expected tensors only")
 
     def node(self, node: Mapping[str, Any]) -> None:
+        self.nodes += 1
+        if self.nodes > _MAX_NODES:
+            raise ModelFileError(f"{self.origin}: a graph of more than {_MAX_NODES} nodes; that is no model")
+        if node["target"] in _CONTEXTS:
+            self.context(node)
+            return
         target = resolve(str(node["target"]), self.origin)
         args, kwargs = self.arguments(target, node["inputs"])
         outputs = node["outputs"]
@@ -184,11 +192,26 @@ class _Builder:
         if len(outputs) == 1 and "as_tensors" not in outputs[0]:
             self.name_output(outputs[0], made)
         else:  # several tensors: one list, or a tuple
-            parts = [{"as_tensor": t} for t in outputs[0]["as_tensors"]] if len(outputs) == 1 else outputs
+            parts = _parts(outputs[0]) if len(outputs) == 1 else outputs
             for index, part in enumerate(parts):
                 if (part_name := _output_name(part)) is not None:
                     item = self.graph.create_node("call_function", operator.getitem, (made, index), {}, part_name)
                     self.name_output(part, item)
+
+    def context(self, node: Mapping[str, Any]) -> None:
+        """A part under no_grad or autocast is a graph of its own; it is put in line (see contexts.py)."""
+        arguments = [i["arg"] for i in node["inputs"]]
+        at = next(i for i, arg in enumerate(arguments) if "as_graph" in arg)
+        inner = arguments[at]["as_graph"]["graph"]
+        operands = [self.argument(arg) for arg in arguments[at + 1 :]]
+        outer = self.values
+        self.values = dict(zip((_output_name(i) or "" for i in inner["inputs"]), operands, strict=True))
+        for part in inner["nodes"]:
+            self.node(part)
+        results = [self.argument(o) for o in inner["outputs"]]
+        self.values = outer
+        names = [_output_name(p) for o in node["outputs"] for p in _parts(o)]
+        self.values.update((name, r) for name, r in zip(names, results, strict=True) if name is not None)
 
     def name_output(self, output: Mapping[str, Any], node: fx.Node) -> None:
         name = _output_name(output)
@@ -200,10 +223,10 @@ class _Builder:
             node.meta["val"] = torch.empty([1] * len(meta["sizes"]), device="meta")
 
     def arguments(self, target: Any, inputs: list[Mapping[str, Any]]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        values = {str(i["name"]): self.argument(i["arg"]) for i in inputs}
         schema = getattr(target, "_schema", None)
         if schema is None:
-            return tuple(values.values()), {}
+            return tuple(self.argument(i["arg"]) for i in inputs), {}
+        values = {str(i["name"]): self.argument(i["arg"]) for i in inputs}
         args: list[Any] = []
         kwargs: dict[str, Any] = {}
         gap = False
@@ -260,6 +283,11 @@ class _Builder:
         if kind == "as_tensor":
             return self.values[str(content["name"])]
         return None if kind == "as_none" else _LITERALS[kind](content)
+
+
+def _parts(output: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """A list of tensors is one output of several parts."""
+    return [{"as_tensor": t} for t in output["as_tensors"]] if "as_tensors" in output else [output]
 
 
 def _output_name(output: Mapping[str, Any]) -> str | None:

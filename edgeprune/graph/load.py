@@ -27,8 +27,9 @@ from edgeprune.graph.exported import is_exported, read_exported
 from edgeprune.graph.factory import build, fill
 from edgeprune.graph.lift import lift, lift_graph, rename_inputs
 from edgeprune.graph.network import Network, shapes
-from edgeprune.graph.pickled import Thing, load_legacy, stored_tensors, unpickle
+from edgeprune.graph.pickled import Thing, load_legacy, unpickle
 from edgeprune.graph.recognise import describe, looks_like_onnx
+from edgeprune.graph.storage import stored_tensors
 from edgeprune.graph.torchscript import ScriptNet, is_torchscript, read_torchscript, traced_shapes
 from edgeprune.graph.trace import export, quiet
 

@@ -19,7 +19,8 @@ from typing import Any, Protocol
 import torch
 
 from edgeprune.errors import ModelFileError, UnsupportedModelError
-from edgeprune.graph.script_builtins import call_prim, call_torch, to_bool, to_float, to_int
+from edgeprune.graph.script_builtins import call_prim, call_torch
+from edgeprune.graph.script_values import to_bool, to_float, to_int
 
 MAX_STEPS = 300_000
 MAX_CALLS = 5_000  # of operators: each takes milliseconds while being exported

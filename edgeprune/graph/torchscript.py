@@ -18,9 +18,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from edgeprune.errors import EdgepruneError, ModelFileError, UnsupportedModelError
 from edgeprune.graph.archive import MAX_FILE_BYTES, Archive
 from edgeprune.graph.operators import checked_name, checked_path
-from edgeprune.graph.pickled import Thing, shapes_only, stored_tensors, unpickle
-from edgeprune.graph.script_builtins import leaves
+from edgeprune.graph.pickled import Thing, unpickle
 from edgeprune.graph.script_eval import Evaluator
+from edgeprune.graph.script_values import leaves
+from edgeprune.graph.storage import shapes_only, stored_tensors
 
 _MAX_CODE_BYTES = 4 << 20
 _MAX_ATTRIBUTES = 100_000

@@ -230,6 +230,27 @@ def test_half_precision_and_decompositions(net, tmp_path):
     assert set(network.modules_called()) == {"conv", "bn", "up", "fc"}
 
 
+def test_parts_under_a_context(tmp_path):
+    class Contexts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 1)
+
+        def forward(self, x):
+            with torch.no_grad():
+                y = torch.relu(self.a(x))
+                z = y + 1
+            with torch.autocast("cpu", enabled=False):
+                return self.b(y) * z
+
+    model = Contexts().eval()
+    program = torch.export.export(model, (torch.randn(2, 3, 8, 8),), dynamic_shapes=({0: torch.export.Dim.AUTO},))
+    torch.export.save(program, tmp_path / "m.pt2")
+    network = load(tmp_path / "m.pt2")
+    assert_equal_to(network, model, ((3, 8),))
+    assert set(network.modules_called()) == {"a", "b"}
+
+
 def test_the_layout_of_older_torch(sound, net, tmp_path):
     parts = {n.split("/", 1)[1]: c for n, c in members(sound["exported"]).items()}
     weights = io.BytesIO()
