@@ -25,7 +25,7 @@ class Block:
     name:     common path of the modules in it ("layer1.0"), or its first weighted module where that is not unique
     join:     name of the addition
     branch:   name of the node whose operand is dropped
-    shortcut: name of the node that takes the addition's place
+    shortcut: name of the node that takes the addition's place (of consecutive blocks, the join of the one before)
     nodes:    names of the nodes that die with it, the join included
     """
 
