@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 
 from edgeprune.compress.apply import State, apply_recipe
+from edgeprune.compress.problem import Widths
 from edgeprune.compress.shrink import Judgement
 from edgeprune.compress.spans import Anatomy
 from edgeprune.graph.network import Network
@@ -17,6 +19,9 @@ from edgeprune.prune.compensate import compensate
 Callback = Callable[[float, float, str], None]
 
 
+PROBES = 3  # widths of a group that are measured; between them its local curve is followed
+
+
 class Judge:
     """Judges and repairs cuts of ``original`` by its responses to ``batches`` ((n, ...) inputs, no labels). Without
     batches selection looks at the weights, and nothing is repaired."""
@@ -24,7 +29,7 @@ class Judge:
     def __init__(self, original: Network, method: str, batches: Sequence[torch.Tensor], progress: Callback):
         self.original, self.method, self.batches, self.progress = original, method, batches, progress
 
-    def judge(self, state: State, anatomy: Anatomy) -> Judgement:
+    def judge(self, state: State, anatomy: Anatomy, candidates: Sequence[Widths]) -> Judgement:
         found = assess(
             self.original,
             state.network,
@@ -33,6 +38,11 @@ class Judge:
             self.batches or None,
             self.method,
             kept=self._kept(state),
+            widths={
+                group.name: _probes(widths)
+                for group, widths in zip(anatomy.channels.groups, candidates, strict=True)
+                if len(widths) > 1
+            },
             progress=lambda share: self.progress(share, 1.0, "judging channels and blocks"),
         )
         return Judgement(found.rankings, found.blocks)
@@ -44,3 +54,10 @@ class Judge:
 
     def _kept(self, state: State) -> dict[str, torch.Tensor]:
         return trace_channels(self.original, lambda network: apply_recipe(network, state.recipe))
+
+
+def _probes(candidates: Widths) -> list[int]:
+    """A few of the widths that a plan may choose, spread over them; the full one needs no measuring."""
+    below = candidates[:-1]
+    picks = np.unique(np.linspace(0, len(below) - 1, PROBES + 1).round().astype(int)[1:])
+    return [below[i] for i in picks]

@@ -62,14 +62,14 @@ def shrink(
     original_ms: float,
     budget_ms: float,
     prices: Prices,
-    judge: Callable[[State, Anatomy], Judgement],
+    judge: Callable[[State, Anatomy, Sequence[Widths]], Judgement],
     repair: Callable[[State], Network],
     clock: Callable[[Network], float],
     progress: Callable[[float, float, str], None],
 ) -> Shrunk:
     """Cut ``original`` until ``clock`` (ms of a network timed whole) is within ``budget_ms``.
 
-    judge:  (what was done so far, the anatomy of its network) -> Judgement against the original's outputs
+    judge:  (what was done so far, the anatomy and candidates of its network) -> Judgement against the original's outputs
     repair: what was done so far -> its network with weights refitted to the original's responses
     Raises BudgetUnreachableError before any other work, BudgetMissedError when no plan measures within the budget.
     """
@@ -81,7 +81,7 @@ def shrink(
     state = State(original)
     for step in range(1, rounds):
         progress(step - 1, rounds, "planning")
-        judgement = judge(state, anatomy)
+        judgement = judge(state, anatomy, candidates)
         target_ms = original_ms * (budget_ms / original_ms) ** (step / rounds) / correction
         plan = solve(_problem(anatomy, candidates, prices, judgement, target_ms))
         state = advance(state, plan, judgement.rankings)
@@ -89,7 +89,7 @@ def shrink(
         anatomy = dissect(state.network)
         candidates = prices.prepare(anatomy)
     progress(rounds - 1, rounds, "planning")
-    judgement = judge(state, anatomy)
+    judgement = judge(state, anatomy, candidates)
 
     def measure(plan: Plan) -> float:
         return clock(advance(state, plan, judgement.rankings).network)

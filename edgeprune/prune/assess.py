@@ -46,12 +46,14 @@ def assess(
     channels, blocks: ``analyse`` and ``find_blocks`` of ``current``
     batches:  calibration inputs; None: random inputs give the scale, channels go by magnitude
     kept:     as for ``compensate``
-    widths:   group name -> the widths worth measuring exactly (default: 75, 50 and 25 %)
+    widths:   group name -> the widths worth measuring exactly; groups not named are not judged (default: all groups at
+              75, 50 and 25 %)
     progress: called with the share done, 0 to 1
     Raises DataError without any image, UsageError for an unknown method.
     """
     inputs = [current.random_inputs(NOISE_IMAGES)] if batches is None else batches
-    trials = sum(len(widths.get(g.name, PROBES)) if widths else len(PROBES) for g in channels.groups) + 2 * len(blocks)
+    probes = dict.fromkeys((g.name for g in channels.groups), PROBES) if widths is None else widths
+    trials = sum(map(len, probes.values())) + 2 * len(blocks)
     judge = Judge(original, current, inputs, images=images, trials=trials, kept=kept)
     say = progress or (lambda share: None)
     rankings = rank_groups(
@@ -59,6 +61,7 @@ def assess(
         channels,
         method,
         data_free=batches is None,
+        only=probes.keys(),
         widths=widths,
         progress=lambda done, total: say(0.6 * done / max(total, 1)),
     )
