@@ -69,7 +69,7 @@ def shrink(
 ) -> Shrunk:
     """Cut ``original`` until ``clock`` (ms of a network timed whole) is within ``budget_ms``.
 
-    judge:  (what was done so far, the anatomy and candidates of its network) -> Judgement against the original's outputs
+    judge:  (what was done so far, anatomy and candidates of its network) -> Judgement against the original's outputs
     repair: what was done so far -> its network with weights refitted to the original's responses
     Raises BudgetUnreachableError before any other work, BudgetMissedError when no plan measures within the budget.
     """
