@@ -44,6 +44,7 @@ OVERHEAD_KERNELS = 24
 OVERHEAD_SHAPE = (1, 16, 16, 16)
 MEMORY_SHAPE = (1, 256, 7, 7)
 MB_PER_S = 50.0  # slowest link and session creation that is waited for
+REORDERS = ("ReorderInput", "ReorderOutput")
 _BRANCH = re.compile(r"([kpq])(\d+)_")
 
 
@@ -181,7 +182,7 @@ def _run(
     result = device.run(Job("kernels", fields, [micro.model], timeout_s=timeout_s))
     if not result.ok:
         raise KernelsFailedError(f"target {device.target.name}: {result.error}")
-    nodes = [str(name) for name, _ in result.fields["nodes"]]
+    nodes = [(str(name), str(op)) for name, op in result.fields["nodes"]]
     owners = _owners(nodes)
     kinds = []
     for blob, flags, whole in zip(result.blobs, result.fields["interrupted"], result.fields["whole"], strict=True):
@@ -199,21 +200,34 @@ def _undisturbed(samples: np.ndarray, interrupted: np.ndarray) -> np.ndarray:
     return good if len(good) >= LEAST_RUNS // 2 else samples
 
 
-def _owners(nodes: Sequence[str]) -> list[int]:
-    """The kernel each node is charged to, -1 for none. Reorders carry no name: one that comes before a node of a
-    kernel is that kernel's, one before the reader behind a kernel is the reader's, any other follows an output."""
-    marks = [_BRANCH.match(name) for name in nodes]
+def _owners(nodes: Sequence[tuple[str, str]]) -> list[int]:
+    """(name, operator) of the nodes in the order they ran -> the kernel each is charged to, -1 for none.
+
+    Nodes that the runtime makes up carry no branch in their name. A branch runs without a break, so one that is no
+    reorder is the kernel of the branch it stands in. A reorder before a node of the kernel, or between what stands
+    before it, is the kernel's; one before the reader behind it is the reader's; any other follows an output.
+    """
+    marks: list[tuple[str, int] | None] = []
+    for name, op in nodes:
+        match = _BRANCH.match(name)
+        if match is None and op not in REORDERS:
+            before = next((mark for mark in reversed(marks) if mark), None)
+            marks.append(("k", before[1]) if before else None)
+        else:
+            marks.append((match[1], int(match[2])) if match else None)
     owners = []
     for position, mark in enumerate(marks):
         if mark is not None:
-            owners.append(int(mark[2]) if mark[1] == "k" else -1)
+            owners.append(mark[1] if mark[0] == "k" else -1)
             continue
-        after = next((m for m in marks[position + 1 :] if m is not None), None)
-        before = next((m for m in reversed(marks[:position]) if m is not None), None)
-        if after is not None and after[1] in "kq":
-            owners.append(int(after[2]) if after[1] == "k" else -1)
+        after = next((m for m in marks[position + 1 :] if m), ("", -1))
+        before = next((m for m in reversed(marks[:position]) if m), ("", -1))
+        if after[0] == "k" or (after[0] == "p" and after[1] == before[1]):
+            owners.append(after[1])
+        elif after[0] == "q":
+            owners.append(-1)
         else:
-            owners.append(int(before[2]) if before is not None and before[1] == "k" else -1)
+            owners.append(before[1] if before[0] == "k" else -1)
     return owners
 
 

@@ -27,6 +27,8 @@ from edgeprune.latency.kernel import Kernel, Shape, Site
 from edgeprune.latency.memory import Footprint, Memory, fit_memory, footprint
 from edgeprune.latency.table import LatencyTable
 
+Cell = tuple[int, int, int, int]
+REACH = 6  # farther brackets are not looked at
 TWO_SIDED = ("Conv", "ConvTranspose", "Gemm", "MatMul")  # cost is a product of input and output channels
 
 
@@ -44,36 +46,42 @@ class _Grid:
     """Rows of one alignment class: (x, y) -> key; y is 0 throughout where one count decides."""
 
     points: dict[tuple[int, int], str] = field(default_factory=dict)
+    columns: dict[int, list[int]] = field(default_factory=dict)  # x -> its ys, ascending
     xs: list[int] = field(default_factory=list)
-    ys: list[int] = field(default_factory=list)
+    cells: dict[tuple[int, int], Cell | None] = field(default_factory=dict)
 
     def add(self, x: int, y: int, key: str) -> None:
         self.points[x, y] = key
-        for values, value in ((self.xs, x), (self.ys, y)):
-            at = bisect.bisect_left(values, value)
-            if at == len(values) or values[at] != value:
-                values.insert(at, value)
+        if x not in self.columns:
+            bisect.insort(self.xs, x)
+        column = self.columns.setdefault(x, [])
+        if y not in column:
+            bisect.insort(column, y)
+        self.cells.clear()
 
-    def cell(self, x: int, y: int) -> tuple[int, int, int, int] | None:
-        """The tightest (x0, x1, y0, y1) around a point whose corners are all measured."""
-        reach = 4  # farther brackets say little
-        lows, highs = _around(self.xs, x, reach)
-        bottoms, tops = _around(self.ys, y, reach)
-        best = None
-        for x0, x1, y0, y1 in itertools.product(lows, highs, bottoms, tops):
-            if all((cx, cy) in self.points for cx in (x0, x1) for cy in (y0, y1)):
-                area = math.log(max(x1, 1) / max(x0, 1)) + math.log(max(y1, 1) / max(y0, 1))
-                if best is None or area < best[0]:
-                    best = (area, (x0, x1, y0, y1))
-        return best[1] if best else None
+    def cell(self, x: int, y: int) -> Cell | None:
+        """A tight (x0, x1, y0, y1) around a point whose corners are all measured."""
+        if (x, y) not in self.cells:
+            self.cells[x, y] = self._find(x, y)
+        return self.cells[x, y]
 
+    def _find(self, x: int, y: int) -> Cell | None:
+        at = bisect.bisect_left(self.xs, x)
+        exact = at < len(self.xs) and self.xs[at] == x
+        lows = self._spanning(reversed(self.xs[: at + exact]), y)
+        highs = self._spanning(self.xs[at:], y)
+        pairs = sorted(itertools.product(lows, highs), key=lambda pair: math.log(pair[1] + 1) - math.log(pair[0] + 1))
+        for x0, x1 in pairs:
+            common = self.columns[x0] if x0 == x1 else sorted(set(self.columns[x0]).intersection(self.columns[x1]))
+            low, high = bisect.bisect_right(common, y), bisect.bisect_left(common, y)
+            if low > 0 and high < len(common):
+                return x0, x1, common[low - 1], common[high]
+        return None
 
-def _around(values: list[int], value: int, reach: int) -> tuple[list[int], list[int]]:
-    at = bisect.bisect_left(values, value)
-    if at < len(values) and values[at] == value:
-        here = [value]
-        return here + values[max(0, at - reach) : at][::-1], here + values[at + 1 : at + 1 + reach]
-    return values[max(0, at - reach) : at][::-1], values[at : at + reach]
+    def _spanning(self, xs: Iterable[int], y: int) -> list[int]:
+        """The first few of ``xs`` measured both at or below ``y`` and at or above it."""
+        spanning = (x for x in xs if self.columns[x][0] <= y <= self.columns[x][-1])
+        return list(itertools.islice(spanning, REACH))
 
 
 class LatencyModel:

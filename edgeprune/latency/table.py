@@ -148,8 +148,9 @@ class LatencyTable:
             for row in rows:
                 kind, known = self._place(row)
                 if row.key not in known:
-                    known[row.key] = row
-                    lines.append(json.dumps({"kind": kind, **_compact(asdict(row))}))
+                    document = _compact(asdict(row))
+                    known[row.key] = type(row)(**document)
+                    lines.append(json.dumps({"kind": kind, **document}))
             data = "".join(line + "\n" for line in lines).encode()
             file.write(data)
             file.flush()

@@ -14,18 +14,6 @@ from edgeprune.errors import UnsupportedModelError
 from edgeprune.latency.fusion import sites
 from edgeprune.latency.kernel import Kernel
 
-
-def blocked_runtime() -> bool:
-    """Whether this machine's onnxruntime uses blocks of 16 channels, which the expectations are written for."""
-    try:
-        with open("/proc/cpuinfo") as file:
-            return "avx512f" in file.read()
-    except OSError:
-        return False
-
-
-needs_blocks = pytest.mark.skipif(not blocked_runtime(), reason="expectations are those of AVX-512")
-
 NETWORKS = {
     "basic": nets.resnet(),
     "basic, padding shortcut": nets.resnet(shortcut="padding"),
@@ -46,13 +34,13 @@ NETWORKS = {
 }
 
 
-@needs_blocks
+@nets.needs_blocks
 @pytest.mark.parametrize("name", NETWORKS)
 def test_kernels_are_those_of_the_runtime(name, tmp_path):
     nets.compare(NETWORKS[name], tmp_path)
 
 
-@needs_blocks
+@nets.needs_blocks
 @settings(max_examples=15, deadline=None)
 @given(c=st.integers(3, 40), inner=st.integers(3, 40), padding=st.booleans())
 def test_kernels_at_any_width(c, inner, padding, tmp_path_factory):
