@@ -29,7 +29,7 @@ _ROWS: dict[str, Any] = {
     "scaled_dot_product_attention.default": m.attention,
     "batch_norm.default": m.folded_batch_norm,
     # arithmetic
-    "add.Tensor add.Scalar": e.binary("Add"),
+    "add.Tensor add.Scalar": m.add,
     "sub.Tensor sub.Scalar": e.binary("Sub"),
     "mul.Tensor mul.Scalar": e.binary("Mul"),
     "rsub.Scalar rsub.Tensor": e.rsub,

@@ -303,6 +303,39 @@ def test_a_border_before_a_window_is_never_changed(pool, value):
     assert ("Pad" in ops(model)) != folded
 
 
+def test_a_lone_batch_norm_is_one_depthwise_convolution():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.conv = nn.BatchNorm2d(6), nn.Conv2d(6, 4, 3, padding=1)
+
+        def forward(self, x):
+            y = torch.cat([x, x.relu()], 1)
+            return self.conv(F.relu(self.norm(y)))
+
+    net = network(Net(), (3, 8, 8))
+    model = to_onnx(net)
+    assert_clean(model)
+    assert ops(model) == ["Relu", "Concat", "Conv", "Relu", "Conv"]
+    assert largest_error(net, model) <= 1e-6
+
+
+@pytest.mark.parametrize("shape", [(6, 1, 1), (1, 6, 1, 1), (6, 1, 8), (8,), (1,)])
+def test_other_scales_and_shifts_stay_right(shape):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale, self.shift = nn.Parameter(torch.randn(shape)), nn.Parameter(torch.randn(6, 1, 1))
+
+        def forward(self, x):
+            y = x.tanh() * self.scale
+            return (y + self.shift).relu(), y.relu(), y + self.shift * 2
+
+    net = network(Net(), (6, 8, 8))
+    assert_clean(to_onnx(net))
+    assert largest_error(net) <= 1e-6
+
+
 def test_attention_block():
     class Net(nn.Module):
         def __init__(self):

@@ -21,8 +21,8 @@ SLOW = [
     "resnet18", "resnet50", "resnext50_32x4d", "wide_resnet50_2", "resnet26t", "seresnet18", "densenet121", "vgg11_bn",
     "mobilenetv1_100", "mobilenetv2_100", "mobilenetv3_large_100", "mobilenetv4_conv_small", "mnasnet_small",
     "efficientnet_b0", "efficientnetv2_rw_t", "tf_efficientnet_b0", "inception_v3", "inception_v4",
-    "inception_resnet_v2", "inception_next_atto", "xception41", "regnetx_002", "ghostnet_050", "ghostnetv2_100", "convnext_pico",
-    "convnextv2_pico", "hrnet_w18_small", "skresnet18", "fastvit_t8", "repvit_m0_9", "repghostnet_050",
+    "inception_resnet_v2", "inception_next_atto", "xception41", "regnetx_002", "ghostnet_050", "ghostnetv2_100",
+    "convnext_pico", "convnextv2_pico", "hrnet_w18_small", "skresnet18", "fastvit_t8", "repvit_m0_9", "repghostnet_050",
     "res2net50_26w_4s", "resnest14d", "dla34", "dpn48b", "vovnet39a", "ese_vovnet19b_dw", "cspresnet50",
     "cspdarknet53", "darknet53", "selecsls42b", "mixnet_s", "repvgg_a0", "mobileone_s0", "starnet_s1", "nf_resnet26",
     "dm_nfnet_f0", "resnetv2_50x1_bit", "resnetv2_50", "botnet26t_256", "poolformer_s12", "mobilevit_xxs", "levit_128s",
@@ -35,10 +35,14 @@ TORCHVISION = [
 ]  # fmt: skip
 
 
-def _checked(module: nn.Module, size: int | tuple[int, ...] = 64) -> None:
+# with random norm statistics torch's own float32 and float64 differ by half of the output here
+CHAOTIC = {"efficientnetv2_rw_t"}
+
+
+def _checked(module: nn.Module, size: int | tuple[int, ...] = 64, randomise: bool = True) -> None:
     torch.manual_seed(0)
     shape = (1, 3, size, size) if isinstance(size, int) else (1, *size)
-    network = lift(randomise_norms(module).eval(), [shape])
+    network = lift((randomise_norms(module) if randomise else module).eval(), [shape])
     model = to_onnx(network)
     assert_clean(model)
     assert largest_error(network, model) <= 1e-4
@@ -51,7 +55,8 @@ def _timm(name: str) -> None:
     torch.manual_seed(0)
     module = timm.create_model(name)
     fixed = any(part in name for part in ("vit_", "mixer", "levit", "coatnet", "botnet", "efficientformer", "nextvit"))
-    _checked(module, tuple(module.default_cfg["input_size"]) if fixed else 96 if "inception" in name else 64)
+    size = tuple(module.default_cfg["input_size"]) if fixed else 96 if "inception" in name else 64
+    _checked(module, size, name not in CHAOTIC)
 
 
 @pytest.mark.parametrize("name", FAST)
