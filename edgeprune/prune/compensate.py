@@ -141,11 +141,14 @@ def refit(
     kept: Kept | None = None,
     known: Values | None = None,
     rows: int = MAX_ROWS,
+    quick: bool = False,
 ) -> dict[str, nn.Module]:
     """Refitted copies of layers (and their batch norms) of ``program``, by module path.
 
     only:  names of layer calls to refit; all others run as they are
     known: activations of ``program`` to start from
+    rows:  sampled positions per layer, at most
+    quick: as of layer.Task
     """
     fits = find_fits(reference.program, program) if fits is None else fits
     chosen = {f.node: f for f in fits if only is None or f.node in only}
@@ -163,7 +166,7 @@ def refit(
         def before(node: fx.Node, values: Values) -> None:
             f = chosen.get(node.name)
             if f is not None:
-                modules = _fit(reference, working, node, f, values, plans[node.name], by_name, kept)
+                modules = _fit(reference, working, node, f, values, plans[node.name], kept, quick)
                 changed.update(modules)
                 working.modules.update(modules)
 
@@ -188,8 +191,8 @@ def _fit(
     f: Fit,
     values: Values,
     rows: int,
-    by_name: Mapping[str, fx.Node],
     kept: Kept | None,
+    quick: bool,
 ) -> dict[str, nn.Module]:
     leaf, dim = program.leaf(node), channel_dim(program.leaf(node))
     inputs = values[program.sources(node)[0].name]
@@ -204,13 +207,13 @@ def _fit(
     other = values_at(values[f.other], dim, where) if f.other is not None else None
     if other is not None and other.shape != target.shape:
         return {}  # a broadcast sum
-    norm = program.leaf(by_name[f.norm]) if f.norm is not None else None
-    task = Task(rows_at(leaf, inputs, where), target, other, where[0], f.rectified)
+    norm = program.leaf(program.by_name[f.norm]) if f.norm is not None else None
+    task = Task(rows_at(leaf, inputs, where), target, other, where[0], f.rectified, quick)
     found = refit_layer(leaf, norm, task)
     if found is None:
         return {}
     new, fresh = found
     changed: dict[str, nn.Module] = {str(node.target): new}
     if fresh is not None and f.norm is not None:
-        changed[str(by_name[f.norm].target)] = fresh
+        changed[str(program.by_name[f.norm].target)] = fresh
     return changed

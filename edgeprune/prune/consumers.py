@@ -50,7 +50,7 @@ def find_consumers(judge: Judge | None, program: Any, group: ChannelGroup) -> li
         leaf = program.leaf(nodes[0])
         if not refittable(leaf) or getattr(leaf, "groups", 1) != 1:
             return None
-        packed = pack(leaf)
+        packed = pack(leaf).cpu()
         inputs = leaf.weight.shape[1]
         taps = (packed.shape[0] - 1) // inputs
         index = torch.from_numpy(slot.index)
@@ -69,7 +69,7 @@ def _measure(judge: Judge, leaf: Any, nodes: Sequence[Any], packed: Tensor) -> t
     for name in names:
         parts = values[name]
         where = judge.reference.where(output_places(leaf, parts[0]), max(2048, int(min(ROWS, 1e10 / len(packed) ** 2))))
-        total += gram(rows_at(leaf, parts, where))
+        total += gram(rows_at(leaf, parts, where)).cpu()
     w = packed.double()
     second = (w * (total @ w)).sum()
     mean = (total[-1] @ w) / total[-1, -1]
@@ -117,6 +117,6 @@ def without_units(consumers: Sequence[Consumer], units: Sequence[int], ridge: fl
         new = copy.deepcopy(modules.get(c.path, c.leaf))
         new.weight.data.copy_(weight)
         if new.bias is not None or c.gram is not None:
-            new.bias = nn.Parameter(bias, requires_grad=False)
+            new.bias = nn.Parameter(bias.to(new.weight.device), requires_grad=False)
         modules[c.path] = new
     return modules

@@ -73,7 +73,14 @@ def _without(judge: Judge, block: Block, fits: Sequence[Fit], repair: bool) -> t
     alive = {n.name for n in program.nodes}
     known = {n: v for n, v in judge.known_before(changed).items() if n in alive}
     modules: Mapping[str, nn.Module] = refit(
-        judge.reference, program, fits=now, only={f.node for f in affected}, kept=judge.kept, known=known, rows=ROWS
+        judge.reference,
+        program,
+        fits=now,
+        only={f.node for f in affected},
+        kept=judge.kept,
+        known=known,
+        rows=ROWS,
+        quick=True,
     )
     trial = program.exchanged(modules)
     return trial, judge.error(trial, changed)

@@ -24,6 +24,7 @@ from edgeprune.prune.patches import pack, unpack
 
 HELD_OUT = 4  # every fourth image judges the ridge
 RELU_STEPS = 3
+QUICK_RIDGE = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,7 @@ class Task:
     other:     (n, outputs) what is added to the layer's value, or None
     image:     (n,) the image each position lies in
     rectified: whether a relu is all that reads the sum
+    quick:     take a middling ridge and plain least squares: for trials, where the comparison matters
     """
 
     rows: Tensor
@@ -42,6 +44,7 @@ class Task:
     other: Tensor | None
     image: Tensor
     rectified: bool
+    quick: bool = False
 
 
 def refit_layer(leaf: Any, norm: Any, task: Task) -> tuple[nn.Module, nn.Module | None] | None:
@@ -59,7 +62,10 @@ def refit_layer(leaf: Any, norm: Any, task: Task) -> tuple[nn.Module, nn.Module 
         start = rows[g] @ packed[g]
         if task.other is not None:
             start = start + task.other.tensor_split(groups, 1)[g]
-        step = choose_step(rows[g], own - start, task.image, start if task.rectified else None)
+        if task.quick:
+            step: Tensor | None = ridge_step(rows[g], own - start, QUICK_RIDGE)
+        else:
+            step = choose_step(rows[g], own - start, task.image, start if task.rectified else None)
         if step is not None:
             packed[g] += step
             gained = True
