@@ -210,7 +210,7 @@ class _Lifter:
         target, args = node.target, leaves.bound(node)
         if target in leaves.DROPOUTS:
             module = leaves.DROPOUTS[target](float(args["p"]))
-            return self._new(("dropout", node.name), node.name, module), args["input"]
+            return self._new(("dropout", node.name), node.name, module), args.get("input", args.get("self"))
         if target in leaves.NORMS:
             return self._norm(node, args)
         if target in leaves.WEIGHTED:

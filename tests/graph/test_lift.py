@@ -261,3 +261,12 @@ def test_shapes_of_the_lifted_network_follow_the_batch():
     found = shapes(network, batch=5)
     assert found["conv2d"] == (5, 8, 4, 4)
     assert found["output"] == (5, 4)
+
+
+def test_in_place_dropouts_become_modules():
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Dropout(0.5, inplace=True), nn.Dropout2d(0.2, inplace=True)).eval()
+    network = lift(module, [(1, 3, 8, 8)])
+    kinds = [type(network.module.get_submodule(path)) for path in network.modules_called()]
+    assert kinds == [nn.Conv2d, nn.Dropout, nn.Dropout2d]
+    x = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(network.module(x), module(x), rtol=0, atol=0)
