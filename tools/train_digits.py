@@ -1,4 +1,4 @@
-"""Train the network of the demo and write examples/digits/digits.pt2: about two minutes on two cores.
+"""Train the network of the demo and write examples/digits/digits.pt2 (310 s on one thread of a busy machine).
 
     python tools/train_digits.py [OUTPUT]
 
