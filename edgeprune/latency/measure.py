@@ -38,6 +38,7 @@ REFERENCE = Kernel(
     output=(1, 64, 28, 28),
     tail=("Relu",),
 )
+SMALL_REFERENCE = replace(REFERENCE, inputs=((1, 16, 32, 32),), output=(1, 16, 32, 32))
 SMALL_US = 50.0
 LEAST_RUNS = 12
 OVERHEAD_KERNELS = 24
@@ -58,10 +59,10 @@ def measure_batch(device: PipeDevice, kernels: Sequence[Kernel], expected_ms: fl
     Raises KernelsFailedError when the device answers that the batch failed, DeviceLostError when it does not answer,
     TableError for a kernel that cannot be rebuilt.
     """
-    micro = build([REFERENCE, *kernels])
+    micro = build([REFERENCE, SMALL_REFERENCE, *kernels])
     hot, cold = _run(device, micro, (0.0, device.target.protocol.evict_mb), expected_ms)
     rows = []
-    for index, kernel in enumerate(kernels, start=1):
+    for index, kernel in enumerate(kernels, start=2):
         near, far = hot.summary(index, kernel), cold.summary(index, kernel)
         rows.append(
             Measurement(
@@ -71,6 +72,7 @@ def measure_batch(device: PipeDevice, kernels: Sequence[Kernel], expected_ms: fl
                 nodes=near.nodes,
                 hot_ref_ms=hot.summary(0, REFERENCE).ms,
                 cold_ref_ms=cold.summary(0, REFERENCE).ms,
+                small_ref_ms=hot.summary(1, SMALL_REFERENCE).ms,
                 spread=max(near.spread, far.spread),
                 n=near.n,
                 time=now(),

@@ -5,8 +5,8 @@ larger one is equally fast or faster: between two edges, widening costs nothing 
 stairs lie is measured, not assumed: first along each channel count alone (the other one full), then, since a kernel's
 time depends on both, on a lattice over the edges, between whose points the model interpolates.
 
-Stairs repeat with the runtime's block of channels, so long lines are thinned out: every count where they begin, all
-of the last block, and a geometric series of whole blocks between.
+Stairs repeat with the runtime's block of channels, so long lines are thinned out: short ones are measured count by
+count where they begin; longer ones in quarters of a block there and at their end, in a geometric series between.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from edgeprune.errors import TableError
 from edgeprune.latency.kernel import Kernel
 from edgeprune.latency.predict import LatencyModel
 
-FINE = 32  # every count up to here
-MEDIUM = 128  # multiples of 4 up to here, of a block above, in steps of STEP
+SHORT = 64  # a line up to here is measured
+FINE = 32  # at every count up to here, at multiples of 4 above
+MEDIUM = 128  # longer ones: multiples of 4 up to SHORT, of 8 up to here, of a block above, in steps of
 STEP = 1.12
 TOLERANCE = 0.01  # counts this close in time are equally fast
 LATTICE = 6  # counts per axis and alignment class of a lattice
@@ -49,7 +50,9 @@ class Span:
 
 def line_counts(full: int, low: int = 1, block: int = 16) -> list[int]:
     """The counts measured along one axis, ascending, ``full`` included."""
-    counts = {full, *range(low, min(full, FINE) + 1), *range(4 * (low // 4), min(full, MEDIUM) + 1, 4)}
+    counts = {full, *range(0, min(full, SHORT) + 1, 4), *range(SHORT, min(full, MEDIUM) + 1, 8)}
+    if full <= SHORT:
+        counts |= set(range(low, min(full, FINE) + 1))
     counts |= set(range(full - full % 4, max(low, full - block) - 1, -4))
     value = float(MEDIUM)
     while value < full:

@@ -39,6 +39,8 @@ class Measurement:
     nodes:        how many nodes the runtime made of it (reorders included)
     hot_ref_ms:   the reference kernel in the same batch, one node
     cold_ref_ms:  the same with the caches emptied
+    small_ref_ms: a kernel of some 25 us beside it, hot; it shows disturbances that small kernels feel and large ones
+                  hide
     spread:       half width of the 95 % confidence interval of the median, as a share of it
     n:            runs of each kind
     error:        why it could not be measured; the times are 0 then
@@ -50,6 +52,7 @@ class Measurement:
     nodes: int = 0
     hot_ref_ms: float = 0.0
     cold_ref_ms: float = 0.0
+    small_ref_ms: float = 0.0
     spread: float = 0.0
     n: int = 0
     time: float = 0.0

@@ -22,7 +22,7 @@ def conv(c_in: int, c_out: int, size: int = 28) -> Kernel:
 
 
 def row(kernel: Kernel, ms: float, cold_ms: float | None = None, spread: float = 0.001) -> Measurement:
-    return Measurement(kernel.key(), ms, cold_ms or ms, 1, REF_MS, REF_MS, spread, 20, 1.0)
+    return Measurement(kernel.key(), ms, cold_ms or ms, 1, REF_MS, REF_MS, REF_MS / 8, spread, 20, 1.0)
 
 
 def table_of(path: Path, kernels: list[Kernel], ms: Callable[[Kernel], float]) -> LatencyTable:

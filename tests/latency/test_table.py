@@ -112,7 +112,7 @@ def test_missing_keeps_order_and_failed_rows_are_rows(tmp_path):
 
 def test_times_follow_the_reference_of_their_batch(tmp_path):
     table = table_of(tmp_path, [conv(c, 16) for c in range(1, 20)], lambda k: 0.1)
-    slow = Measurement(conv(64, 64).key(), 0.4, 0.8, 1, 2 * REF_MS, 2 * REF_MS, 0.01, 20)
+    slow = Measurement(conv(64, 64).key(), 0.4, 0.8, 1, 2 * REF_MS, 2 * REF_MS, REF_MS / 4, 0.01, 20)
     table.append([slow])
     assert table.reference_ms == pytest.approx(REF_MS)
     assert table.ms(slow.key, cold=0) == pytest.approx(0.2)
