@@ -53,7 +53,7 @@ def assess(
     """
     inputs = [current.random_inputs(NOISE_IMAGES)] if batches is None else batches
     probes = dict.fromkeys((g.name for g in channels.groups), PROBES) if widths is None else widths
-    trials = sum(map(len, probes.values())) + 2 * len(blocks)
+    trials = sum(map(len, probes.values())) + 3 * len(blocks)
     judge = Judge(original, current, inputs, images=images, trials=trials, kept=kept)
     say = progress or (lambda share: None)
     rankings = rank_groups(

@@ -27,12 +27,12 @@ def block_damage(
 ) -> dict[str, float]:
     """Block name -> growth of the output's relative squared error when it is removed after all cheaper ones.
 
-    steps: how many removals are followed (default: a quarter of the blocks, at least 2); blocks beyond keep the price
+    steps: how many removals are followed (default: half of the blocks, at least 2); blocks beyond keep the price
         they had at the last look. Prices never fall along the order. The judge is left as it was.
     repair: False where the judge's images mean nothing and no repair will follow
     """
     start = judge.program
-    steps = max(2, math.ceil(len(blocks) / 4)) if steps is None else steps
+    steps = max(2, math.ceil(len(blocks) / 2)) if steps is None else steps
     damage: dict[str, float] = {}
     price: dict[str, float] = {}
     left = {b.name: b for b in blocks if b.join in judge.order}
