@@ -43,6 +43,7 @@ class Judge:
                 for group, widths in zip(anatomy.channels.groups, candidates, strict=True)
                 if len(widths) > 1
             },
+            images=min(256, max(64, sum(map(len, self.batches)) // 4)),
             progress=lambda share: self.progress(share, 1.0, "judging channels and blocks"),
         )
         return Judgement(found.rankings, found.blocks)

@@ -16,17 +16,20 @@ Widths = tuple[int, ...]
 EDGE = 0.02  # a narrower group must be faster by this share to be worth a candidate
 
 
-def group_candidates(anatomy: Anatomy, price: Callable[[Kernel], float | None], limit: int = 24) -> tuple[Widths, ...]:
+def group_candidates(anatomy: Anatomy, price: Callable[[Kernel], float | None], limit: int = 16) -> tuple[Widths, ...]:
     """Candidate widths of every group, ascending: the right edges of its measured stairs, and the full width.
 
     A group's stairs are what all kernels that touch it take together when it alone is narrowed. A width is an edge
-    when every larger one takes longer, by more than noise: between two edges, widening costs nothing.
+    when every larger one takes longer, by more than noise: between two edges, widening costs nothing. Of the edges
+    those stay that are worth their width, at most ``limit``.
     price: kernel -> ms, None where the table does not say; widths with a kernel of unknown price are left out
     """
-    return tuple(
-        _thinned(sorted({*_edges(_stairs(anatomy, g, price)), group.size}), limit)
-        for g, group in enumerate(anatomy.channels.groups)
-    )  # fmt: skip
+    result = []
+    for g, group in enumerate(anatomy.channels.groups):
+        stairs = _stairs(anatomy, g, price)
+        found = _worthwhile(stairs, _edges(stairs), limit)
+        result.append(tuple(sorted({*found, group.size})))
+    return tuple(result)
 
 
 def _stairs(anatomy: Anatomy, group: int, price: Callable[[Kernel], float | None]) -> dict[int, float]:
@@ -67,11 +70,20 @@ def _edges(stairs: Mapping[int, float]) -> list[int]:
     return found[::-1]
 
 
-def _thinned(widths: Sequence[int], limit: int) -> Widths:
-    if len(widths) <= limit:
-        return tuple(widths)
-    picks = np.unique(np.linspace(0, len(widths) - 1, limit).round().astype(int))
-    return tuple(widths[i] for i in picks)
+def _worthwhile(stairs: Mapping[int, float], edges: Sequence[int], limit: int) -> list[int]:
+    """Drop, one by one, the edge that lies highest above the line between its neighbours, while there are more than
+    ``limit`` or one lies above by ``EDGE``: for its time a little less or more width is the better bargain."""
+    kept = list(edges)
+    while len(kept) > 2:
+        excess = []
+        for low, mid, high in zip(kept, kept[1:], kept[2:], strict=False):
+            line = stairs[low] + (stairs[high] - stairs[low]) * (mid - low) / (high - low)
+            excess.append(stairs[mid] / line - 1)
+        worst = int(np.argmax(excess))
+        if len(kept) <= limit and excess[worst] <= EDGE:
+            break
+        del kept[worst + 1]
+    return kept
 
 
 def attainable(axis: Axis, candidates: Sequence[Widths]) -> tuple[int, ...]:
