@@ -42,8 +42,8 @@ class Protocol:
 
     id: str = "ep-lat-1"
     warmup_ms: float = 10.0
-    kernel_ms: float = 50.0
-    batch_ms: float = 2.0
+    kernel_ms: float = 30.0
+    batch_ms: float = 3.0
     rounds: int = 15
     round_ms: float = 20.0
     evict_mb: float = 32.0

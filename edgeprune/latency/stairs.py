@@ -25,7 +25,7 @@ FINE = 32  # at every count up to here, at multiples of 4 above
 MEDIUM = 128  # longer ones: multiples of 4 up to SHORT, of 8 up to here, of a block above, in steps of
 STEP = 1.12
 TOLERANCE = 0.01  # counts this close in time are equally fast
-LATTICE = 6  # counts per axis and alignment class of a lattice
+LATTICE = 5  # counts per axis and alignment class of a lattice
 
 
 class SpanLike(Protocol):
