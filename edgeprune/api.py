@@ -47,7 +47,7 @@ def profile(
     """
     with Pricing(find_target(target, threads), progress) as pricing:
         if model is not None:
-            anatomy = dissect(_network(model, input_shape))
+            anatomy = dissect(_network(model, input_shape), pricing.fusion)
             pricing.calibrate(anatomy, pricing.prepare(anatomy))
             pricing.settle(anatomy)
         else:
@@ -173,8 +173,8 @@ def inspect(
     progress: Callback = silent,
 ) -> Inspection:
     """The three views of a network side by side: nodes, channel groups, and kernels with their share of the latency."""
-    anatomy = dissect(_network(model, input_shape))
     with Pricing(find_target(target, threads), progress) as pricing:
+        anatomy = dissect(_network(model, input_shape), pricing.fusion)
         original_ms = pricing.start(to_onnx(anatomy.folded).SerializeToString())
         pricing.measure_as_it_is(anatomy)
         return Inspection.of(anatomy, original_ms, pricing.kernel_ms)

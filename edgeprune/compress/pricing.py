@@ -25,6 +25,7 @@ from edgeprune.graph.network import Network
 from edgeprune.latency.calibrate import calibrate
 from edgeprune.latency.fusion import sites
 from edgeprune.latency.kernel import Kernel
+from edgeprune.latency.layout import device_fusion
 from edgeprune.latency.networks import Timings, measure_networks
 from edgeprune.latency.predict import LatencyModel
 from edgeprune.latency.stairs import lattice, line_rows
@@ -62,11 +63,12 @@ class Pricing:
         self.device = connect(target)
         try:
             self.table = open_table(self.device.fingerprint)
+            self.fusion = device_fusion(self.device)
         except BaseException:
             self.device.close()
             raise
-        self.model = LatencyModel(self.table, self.target.fusion)
-        self.block = self.target.fusion.block or 1
+        self.model = LatencyModel(self.table, self.fusion)
+        self.block = self.fusion.block or 1
         self.original: bytes | None = None
         self.original_ms = 0.0
         self._candidates: dict[str, Widths] = {}
@@ -135,7 +137,7 @@ class Pricing:
         for number, network in enumerate(drawn):
             self.progress(number, 2 * len(drawn), "calibrating")
             model = to_onnx(network)
-            parts = sites(model, self.target.fusion)
+            parts = sites(model, self.fusion)
             self._measure(self.model.missing([s.kernel for s in parts]), "measuring kernels")
             kernels[str(number)] = [s.kernel.key() for s in parts]
             models[str(number)] = model.SerializeToString()

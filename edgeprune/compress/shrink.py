@@ -16,6 +16,7 @@ from edgeprune.compress.apply import State, advance
 from edgeprune.compress.fit import Attempt, fit
 from edgeprune.compress.problem import Widths, build_problem
 from edgeprune.compress.spans import Anatomy, dissect
+from edgeprune.device.target import Fusion
 from edgeprune.errors import BudgetUnreachableError
 from edgeprune.graph.network import Network
 from edgeprune.latency.kernel import Kernel
@@ -27,6 +28,8 @@ ROUND_SHARE = 0.75  # a round takes away at most this share of the latency it st
 
 class Prices(Protocol):
     """What latency costs on the target (compress/pricing.py)."""
+
+    fusion: Fusion
 
     def prepare(self, anatomy: Anatomy) -> Sequence[Widths]:
         """Measure what is missing; the candidate widths of every group."""
@@ -73,7 +76,7 @@ def shrink(
     repair: what was done so far -> its network with weights refitted to the original's responses
     Raises BudgetUnreachableError before any other work, BudgetMissedError when no plan measures within the budget.
     """
-    anatomy = dissect(original)
+    anatomy = dissect(original, prices.fusion)
     candidates = prices.prepare(anatomy)
     _refuse_unreachable(anatomy, candidates, prices, original_ms, budget_ms)
     rounds = max(1, math.ceil(math.log(budget_ms / original_ms) / math.log(ROUND_SHARE) - 0.2))
@@ -86,7 +89,7 @@ def shrink(
         plan = solve(_problem(anatomy, candidates, prices, judgement, target_ms))
         state = advance(state, plan, judgement.rankings)
         state = replace(state, network=repair(state))
-        anatomy = dissect(state.network)
+        anatomy = dissect(state.network, prices.fusion)
         candidates = prices.prepare(anatomy)
     progress(rounds - 1, rounds, "planning")
     judgement = judge(state, anatomy, candidates)

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from edgeprune.deploy.export import to_onnx
+from edgeprune.device.target import Fusion
 from edgeprune.graph.blocks import Block, find_blocks
 from edgeprune.graph.channels import Channels, analyse
 from edgeprune.graph.fold import fold
@@ -77,8 +78,11 @@ class Anatomy:
     group_blocks: tuple[int | None, ...]
 
 
-def dissect(network: Network) -> Anatomy:
-    """Analyse a network for planning. Raises UnsupportedModelError for operators that cannot be exported."""
+def dissect(network: Network, fusion: Fusion | None = None) -> Anatomy:
+    """Analyse a network for planning; ``fusion`` says what the target's runtime makes of it.
+
+    Raises UnsupportedModelError for operators that cannot be exported.
+    """
     channels, blocks = analyse(network), find_blocks(network)
     folded = fold(network)
     folded_channels = analyse(folded)
@@ -86,7 +90,7 @@ def dissect(network: Network) -> Anatomy:
     block_of_node = {node: i for i, block in enumerate(blocks) for node in block.nodes}
     group_blocks = _group_blocks(network, channels, block_of_node)
     block_of_node |= _repeated_relus(network, blocks)
-    spans = tuple(_span(site, folded_channels, index, block_of_node) for site in sites(to_onnx(folded)))
+    spans = tuple(_span(site, folded_channels, index, block_of_node) for site in sites(to_onnx(folded), fusion))
     return Anatomy(network, folded, channels, blocks, spans, group_blocks)
 
 
