@@ -38,7 +38,7 @@ def assess(
     *,
     kept: Kept | None = None,
     widths: Mapping[str, Sequence[int]] | None = None,
-    images: int = 128,
+    images: int = 256,
     progress: Callable[[float], None] | None = None,
 ) -> Assessment:
     """Judge every group and block of ``current`` by what it does to the original's outputs.

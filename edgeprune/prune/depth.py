@@ -71,7 +71,7 @@ def _without(judge: Judge, block: Block, fits: Sequence[Fit], repair: bool) -> t
     affected += [f for f in behind if f.other is not None][:1] or behind[:1]
     changed = {block.join, *(f.node for f in affected), *(f.norm for f in affected if f.norm)}
     alive = {n.name for n in program.nodes}
-    known = {n: v for n, v in judge.known_before(changed).items() if n in alive}
+    known = {n: v for n, v in judge.known_before(changed, fitting=True).items() if n in alive}
     modules: Mapping[str, nn.Module] = refit(
         judge.reference,
         program,

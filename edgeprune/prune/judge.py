@@ -2,6 +2,9 @@
 
 A ``Judge`` holds the compressed network as it is, some of its activations, and the original's outputs. A change is run
 from the last activations before it.
+
+Trial refits see one half of the images, damage is measured on the other: a layer with many weights and few places (the
+last ones, above all) could else make up for anything on the images it was fitted to, and look free to cut.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from edgeprune.graph.network import Network
 from edgeprune.prune.afford import frontiers, multiply_adds, sizes_of
 from edgeprune.prune.aims import Kept
 from edgeprune.prune.compensate import Reference
-from edgeprune.prune.program import Batches, Program, Values, as_batches, divergence, outputs, run
+from edgeprune.prune.program import MINI_BATCH, Batches, Program, Values, as_batches, divergence, outputs, run
 
 CHECKPOINT_BYTES = 1 << 30
 WORK = 1e13  # multiply-adds that all trials together may take
@@ -26,7 +29,8 @@ MIN_IMAGES = 16
 
 class Judge:
     """original, current: the network before and after the cuts made so far. ``images`` bounds the calibration images
-    that are used; fewer are if ``trials`` runs of half the network would take too long or too much memory."""
+    that are used, both halves together; fewer are if ``trials`` runs of half the network would take too long or too
+    much memory. A single image serves as both halves."""
 
     def __init__(
         self,
@@ -42,10 +46,11 @@ class Judge:
         sizes = sizes_of(program)
         self.kept_nodes = frontiers(program, sizes)
         by_memory = CHECKPOINT_BYTES / max(4 * sum(math.prod(sizes[name]) for name in self.kept_nodes), 1)
-        by_work = WORK / max(trials * sum(multiply_adds(program, sizes)) / 2, 1)
+        by_work = 2 * WORK / max(trials * sum(multiply_adds(program, sizes)) / 2, 1)
         images = int(max(MIN_IMAGES, min(images, by_memory, by_work)))
-        self.batches: Batches = as_batches(batches, original, images)
-        self.reference = Reference(Program(original), self.batches)
+        together = as_batches(batches, original, images)
+        self.fitting, self.batches = _halves(together)
+        self.reference = Reference(Program(original), self.fitting)
         self.expected = outputs(self.reference.program, self.batches)
         self.kept = kept
         self.settle(program)
@@ -57,14 +62,16 @@ class Judge:
         names = [n for n in self.kept_nodes if n in self.order]
         with torch.no_grad():
             values = run(program, self.batches, [*names, program.output.name])
+            self.fit_checkpoints: Values = run(program, self.fitting, names) if names else {}
         final = values.pop(program.output.name)
         self.checkpoints: Values = values
         self.divergence = divergence([torch.cat(parts) for parts in zip(*final, strict=True)], self.expected)
 
-    def known_before(self, changed: Collection[str]) -> Values:
-        """The checkpoints that a change of these nodes leaves valid."""
+    def known_before(self, changed: Collection[str], fitting: bool = False) -> Values:
+        """The checkpoints that a change of these nodes leaves valid, of the images that are measured or fitted on."""
         first = min(self.order[name] for name in changed)
-        return {name: v for name, v in self.checkpoints.items() if self.order[name] < first}
+        checkpoints = self.fit_checkpoints if fitting else self.checkpoints
+        return {name: v for name, v in checkpoints.items() if self.order[name] < first}
 
     def error(self, program: Program, changed: Collection[str]) -> float:
         """Output divergence of a changed program from the original; ``changed``: all nodes that now give other values
@@ -77,6 +84,16 @@ class Judge:
         return self.error(self.program.exchanged(modules), changed)
 
     def values(self, names: Sequence[str]) -> dict[str, list[Tensor]]:
-        """Activations of the present program, from the nearest checkpoints."""
+        """Activations of the present program on the fitting images, from the nearest checkpoints."""
         with torch.no_grad():
-            return run(self.program, self.batches, list(dict.fromkeys(names)), self.checkpoints)
+            return run(self.program, self.fitting, list(dict.fromkeys(names)), self.fit_checkpoints)
+
+
+def _halves(batches: Batches) -> tuple[Batches, Batches]:
+    joined = [torch.cat(parts) for parts in zip(*batches, strict=True)]
+    middle = len(joined[0]) // 2
+    if middle == 0:
+        return batches, batches
+    parts = [list(zip(*(t.split(MINI_BATCH) for t in half), strict=True))
+             for half in ([t[:middle] for t in joined], [t[middle:] for t in joined])]  # fmt: skip
+    return parts[0], parts[1]

@@ -102,7 +102,7 @@ def taylor(judge: Judge, groups: Sequence[ChannelGroup], draws: int = 2, images:
     scores = {name: torch.zeros(g.size, dtype=torch.float64) for g in groups if (name := g.name) in reads}
     generator = torch.Generator().manual_seed(0)
     seen = 0
-    for inputs in judge.batches:
+    for inputs in judge.fitting:
         if seen >= images:
             break
         seen += len(inputs[0])

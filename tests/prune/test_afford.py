@@ -53,9 +53,11 @@ def test_images_are_bounded_by_memory_and_work(monkeypatch):
 
     network = small()
     x = torch.randn(100, 3, 8, 8)
-    assert len(judge.Judge(network, network, [x]).batches[0][0]) == 64  # of two batches
+    whole = judge.Judge(network, network, [x])
+    assert [sum(len(b[0]) for b in half) for half in (whole.fitting, whole.batches)] == [50, 50]
     monkeypatch.setattr(judge, "CHECKPOINT_BYTES", 1)
-    assert sum(len(b[0]) for b in judge.Judge(network, network, [x]).batches) == judge.MIN_IMAGES
+    small_one = judge.Judge(network, network, [x])
+    assert sum(len(b[0]) for half in (small_one.fitting, small_one.batches) for b in half) == judge.MIN_IMAGES
     assert compensate._affordable(network, 50) == 50
     monkeypatch.setattr(compensate, "ACTIVATION_BYTES", 4 * 8 * 8 * 20 * 30)
     assert compensate._affordable(network, 50) == pytest.approx(30)

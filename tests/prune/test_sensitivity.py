@@ -25,6 +25,9 @@ def network():
     return small()
 
 
+MEASURED = images(128)[64:]  # the judge fits on the first half
+
+
 @pytest.fixture(scope="module")
 def judge(network):
     return Judge(network, network, [images(128)])
@@ -87,9 +90,9 @@ def test_zeroed_columns_equal_masked_channels(network, judge):
     consumers = find_consumers(None, judge.program, group)  # no Gram matrices: plain zeros
     modules = without_units(consumers, [0, 3, 7])
     keep = [u for u in range(group.size) if u not in (0, 3, 7)]
-    expected = masked_outputs(network, channels, {group.name: keep}, (images(128),))
+    expected = masked_outputs(network, channels, {group.name: keep}, (MEASURED,))
     with torch.no_grad():
-        plain = network.module(images(128))
+        plain = network.module(MEASURED)
     assert judge.exchanged_error(modules) == pytest.approx(divergence(expected, [plain]), rel=1e-4)
 
 
@@ -105,11 +108,11 @@ def test_measured_damage_is_what_the_cut_and_refitted_network_shows(network, jud
         leaf = smaller.module.get_submodule("blocks.2.conv2")
         leaf.weight.copy_(modules["blocks.2.conv2"].weight[:, kept])
         leaf.bias = nn.Parameter(modules["blocks.2.conv2"].bias)
-        got = divergence([smaller.module(images(128))], [network.module(images(128))])
+        got = divergence([smaller.module(MEASURED)], [network.module(MEASURED)])
     assert got == pytest.approx(ranking.damage[6], rel=1e-3)
-    plain = masked_outputs(network, channels, {group.name: ranking.keep(6)}, (images(128),))
+    plain = masked_outputs(network, channels, {group.name: ranking.keep(6)}, (MEASURED,))
     with torch.no_grad():
-        assert got < divergence(plain, [network.module(images(128))])
+        assert got < divergence(plain, [network.module(MEASURED)])
 
 
 def test_first_order_scores_match_small_real_changes(network, judge):
@@ -120,7 +123,7 @@ def test_first_order_scores_match_small_real_changes(network, judge):
     channels = analyse(linear)
     judge = Judge(linear, linear, [images(64)])
     curve = taylor(judge, channels.groups, draws=400)["0"]
-    x = images(64)
+    x = images(64)[:32]  # what it differentiates
     with torch.no_grad():
         full = module(x)
         real = []
@@ -144,7 +147,7 @@ def test_block_prices_are_marginal_and_rise(network, judge):
     assert alone[order[0]] == min(alone.values()) == damage[order[0]]
     assert all(v > 0 for v in damage.values())
     with torch.no_grad():
-        both = divergence([remove(network, [blocks[n] for n in order[:2]]).module(images(128))], judge.expected)
+        both = divergence([remove(network, [blocks[n] for n in order[:2]]).module(MEASURED)], judge.expected)
     assert damage[order[0]] + damage[order[1]] < both  # repaired, against plainly removed
 
 
@@ -156,7 +159,7 @@ def test_blocks_cost_more_without_repair(network, judge):
     outs = []
     with torch.no_grad():
         for b in blocks:
-            outs.append(divergence([remove(network, [b]).module(images(128))], [network.module(images(128))]))
+            outs.append(divergence([remove(network, [b]).module(MEASURED)], [network.module(MEASURED)]))
     assert min(plain.values()) == pytest.approx(min(outs), rel=1e-4)
 
 
@@ -165,11 +168,20 @@ def test_assessing_a_compressed_network_measures_against_the_original(network):
     shares = []
     result = assess(network, smaller, analyse(smaller), find_blocks(smaller), [images(64)], progress=shares.append)
     with torch.no_grad():
-        own = divergence([smaller.module(images(64))], [network.module(images(64))])
+        x = images(64)[32:]
+        own = divergence([smaller.module(x)], [network.module(x)])
     assert result.divergence == pytest.approx(own, rel=1e-5)
     assert set(result.blocks) == {"blocks.0", "blocks.1", "blocks.3"}
     assert shares[-1] == 1.0
     assert shares == sorted(shares)
+
+
+def test_few_images_do_not_make_the_last_block_look_free(network):
+    """The head has 9 inputs and the trial sees 12 images of it."""
+    blocks = find_blocks(network)
+    few, many = Judge(network, network, [images(24)]), Judge(network, network, [images(256)])
+    name = blocks[-1].name
+    assert block_damage(few, blocks[-1:])[name] > 0.5 * block_damage(many, blocks[-1:])[name]
 
 
 def test_curves_pass_through_what_was_measured():
