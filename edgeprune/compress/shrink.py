@@ -23,7 +23,7 @@ from edgeprune.latency.kernel import Kernel
 from edgeprune.plan.exact import smallest, solve
 from edgeprune.plan.problem import Plan, Problem, Ranking, Recipe
 
-ROUND_SHARE = 0.75  # a round takes away at most this share of the latency it starts with
+ROUND_SHARE = 0.85  # a round leaves at least about this share of the latency it starts with
 
 
 class Prices(Protocol):
