@@ -25,6 +25,7 @@ from edgeprune.prune.patches import pack, unpack
 HELD_OUT = 4  # every fourth image judges the ridge
 RELU_STEPS = 3
 QUICK_RIDGE = 1e-3
+AMPLE = 8  # rows per column
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +37,7 @@ class Task:
     other:     (n, outputs) what is added to the layer's value, or None
     image:     (n,) the image each position lies in
     rectified: whether a relu is all that reads the sum
-    quick:     take a middling ridge and plain least squares: for trials, where the comparison matters
+    quick:     take a middling ridge and plain least squares where there are ample rows: for trials, many of them
     """
 
     rows: Tensor
@@ -62,7 +63,7 @@ def refit_layer(leaf: Any, norm: Any, task: Task) -> tuple[nn.Module, nn.Module 
         start = rows[g] @ packed[g]
         if task.other is not None:
             start = start + task.other.tensor_split(groups, 1)[g]
-        if task.quick:
+        if task.quick and len(task.image) >= AMPLE * rows.shape[-1]:
             step: Tensor | None = ridge_step(rows[g], own - start, QUICK_RIDGE)
         else:
             step = choose_step(rows[g], own - start, task.image, start if task.rectified else None)
