@@ -6,15 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from edgeprune import methods
 from edgeprune.compress import job as jobs
+from edgeprune.compress import workdir
 from edgeprune.compress.budget import parse_budget
 from edgeprune.compress.inspection import Inspection
 from edgeprune.compress.pricing import Pricing
 from edgeprune.compress.results import Comparison, Compression, Export, Profile
 from edgeprune.compress.spans import dissect
+from edgeprune.deploy.bundle import write_files
 from edgeprune.deploy.export import to_onnx
 from edgeprune.deploy.verify import verify
 from edgeprune.device.target import find_target, list_targets, read_target
@@ -26,6 +29,7 @@ from edgeprune.graph.network import Network
 from edgeprune.progress import Callback, silent
 from edgeprune.train.config import TrainConfig
 from edgeprune.train.data import open_data
+from edgeprune.train.modules import place
 
 __all__ = ["compress", "export", "inspect", "load", "measure", "profile", "targets"]
 
@@ -98,9 +102,20 @@ def compress(
         raise UsageError("--minutes and --epochs exclude each other; give one of them")
     if images < 1:
         raise UsageError(f"--images {images}: expected at least 1")
+    if (data is not None or test is not None) and len(network.input_shapes) > 1:
+        raise UsageError(
+            "a network of several inputs can be compressed without --data only; leave --data and --test out"
+        )
+    for name, value in (("--minutes", minutes), ("--epochs", epochs)):
+        if value is not None and not 0 <= value < float("inf"):
+            raise UsageError(f"{name} {value}: expected 0 or more")
+    if seed < 0:
+        raise UsageError(f"--seed {seed}: expected 0 or more")
     shape = network.input_shapes[0]
     mean, std = _normalisation(normalize)
     folder = Path(out) if out is not None else None
+    if folder:
+        _make(folder / "work")
     wanted = find_target(target, threads)
     job = jobs.Job(
         network=network,
@@ -119,13 +134,13 @@ def compress(
         result = Compression.of(job, outcome, pricing)
     if folder:
         result.write(folder)
+        if not result.report.met:
+            workdir.forget(folder / "work")
     result.raise_if_missed()
     return result
 
 
-def export(
-    model: Model, out: str | Path | None = None, *, input_shape: Shape | None = None, data: Any = None
-) -> Export:
+def export(model: Model, out: str | Path | None = None, *, input_shape: Shape | None = None) -> Export:
     """The dense ONNX file of a network: batch norms folded, verified in onnxruntime against torch.
 
     Raises UnsupportedModelError naming an operator that has no ONNX form here, VerificationError when outputs differ.
@@ -137,7 +152,7 @@ def export(
         path = Path(out)
         if not path.parent.is_dir():
             raise UsageError(f"--out {path}: there is no directory {path.parent}; make it first")
-        path.write_bytes(onnx)
+        write_files(path.parent, {path.name: onnx})
     return Export(str(out) if out is not None else None, onnx, verification)
 
 
@@ -156,6 +171,8 @@ def measure(
     """
     if not models:
         raise UsageError("measure needs at least one ONNX file")
+    if rounds < 1:
+        raise UsageError(f"--rounds {rounds}: expected at least 1")
     named = {}
     for i, model in enumerate(models):
         name = str(model) if isinstance(model, (str, Path)) else f"model {i + 1}"
@@ -199,7 +216,16 @@ def _network(model: Model, input_shape: Shape | None) -> Network:
         return load(model, input_shapes=None if input_shape is None else [input_shape])
     if input_shape is None:
         raise UsageError("a module does not tell its input shape; give input_shape=(1, 3, 224, 224) or the like")
-    return lift(model, [input_shape], type(model).__name__)
+    network = lift(model, [input_shape], type(model).__name__).copy()
+    place(network.module, torch.device("cpu"), torch.contiguous_format)
+    return network
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out: cannot write to {folder.parent} ({error.strerror}); give another directory") from None
 
 
 def _onnx(model: Model | bytes, input_shape: Shape | None) -> bytes:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from edgeprune import __version__
-from edgeprune.errors import EdgepruneError, UsageError
+from edgeprune.errors import BudgetMissedError, EdgepruneError, UsageError
 
 EXIT_CODES = """exit codes:
   0  done                              6  the target is unknown or does not answer
@@ -30,7 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.print_help()
         return 2
     try:
-        document, text = options.run(options)
+        with contextlib.redirect_stdout(sys.stderr) if options.json else contextlib.nullcontext():
+            document, text = options.run(options)
         print(json.dumps(document, indent=1) if options.json else text)
         return int(document.get("exit_code", 0))
     except EdgepruneError as error:
@@ -43,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 0
+    except OSError as error:  # a full disk, a folder that cannot be written
+        print(f"edgeprune: {error}; make room or give another place", file=sys.stderr)
+        return 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -164,13 +169,28 @@ def _load(options: argparse.Namespace) -> Any:
 
 
 def _compress(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    from edgeprune import api
     from edgeprune.progress import Progress
 
     if options.minutes is not None and options.epochs is not None:
         raise UsageError("--minutes and --epochs exclude each other; give one of them")
     shown = Progress()
-    result = api.compress(
+    missed: dict[str, Any] = {}
+    try:
+        result = _compressed(options, shown)
+    except BudgetMissedError as error:
+        if error.result is None:
+            raise
+        shown.clear()
+        print(f"edgeprune: {error}", file=sys.stderr)
+        result, missed = error.result, {"exit_code": error.exit_code}
+    shown.clear()
+    return result.to_dict() | missed, result.text()
+
+
+def _compressed(options: argparse.Namespace, shown: Callable[[float, float, str], None]) -> Any:
+    from edgeprune import api
+
+    return api.compress(
         _load(options),
         latency=options.latency,
         target=options.target,
@@ -186,8 +206,6 @@ def _compress(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         out=options.out or _folder(options.model, options.latency),
         progress=shown,
     )
-    shown.clear()
-    return result.to_dict(), result.text()
 
 
 def _folder(model: str, latency: str) -> str:
@@ -224,8 +242,9 @@ def _export(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 
 def _inspect(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from edgeprune import api
+    from edgeprune.progress import Progress
 
-    result = api.inspect(_load(options), target=options.target, threads=options.threads)
+    result = api.inspect(_load(options), target=options.target, threads=options.threads, progress=Progress())
     return result.to_dict(), result.text()
 
 

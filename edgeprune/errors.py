@@ -50,7 +50,10 @@ class BudgetUnreachableError(EdgepruneError):
 
 
 class BudgetMissedError(EdgepruneError):
+    """``result``: the compression that missed (an ``edgeprune.compress.results.Compression``), where there is one."""
+
     exit_code = 9
+    result: object = None
 
 
 class VerificationError(EdgepruneError):

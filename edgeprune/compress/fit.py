@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from edgeprune.errors import BudgetMissedError
+from edgeprune.errors import BudgetMissedError, BudgetUnreachableError
 from edgeprune.plan.problem import Plan
 
 ENOUGH = 0.97  # of the budget used: then no more attempts
@@ -52,7 +52,13 @@ def fit(
     asked = AIM * budget_ms / correction
     seen: dict[tuple[object, ...], float] = {}
     for _ in range(max_attempts):
-        plan = solve(asked)
+        try:
+            plan = solve(asked)
+        except BudgetUnreachableError:
+            if attempts:
+                break
+            asked = budget_ms / correction
+            plan = solve(asked)
         key = (tuple(sorted(plan.widths.items())), tuple(sorted(plan.removed)))
         measured = seen[key] if key in seen else measure(plan)
         repeated = key in seen

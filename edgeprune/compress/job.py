@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from edgeprune.compress.shrink import Shrunk, shrink
 from edgeprune.deploy.export import to_onnx
 from edgeprune.deploy.verify import Verification, verify
 from edgeprune.device.target import Target
+from edgeprune.errors import UsageError
 from edgeprune.graph.fold import denormals, fold
 from edgeprune.graph.network import Network
 from edgeprune.latency.networks import Timings
@@ -39,7 +41,7 @@ class Job:
     """What is asked.
 
     data:     images for selection, refitting and training; None: selection looks at the weights alone
-    test:     labelled images for the figures only; without it a tenth of labelled ``data`` is held out for them
+    test:     labelled images for the figures only; without it a tenth of ``data`` is held out for them
     images:   how many of ``data`` calibrate selection and refitting
     recovery: how to train, None not at all
     folder:   where state is kept for the same command to go on with, None nowhere
@@ -83,6 +85,7 @@ def run(job: Job, pricing: Pricing, progress: Callback) -> Outcome:
     original = job.network
     original.module.eval()
     training, held_out = _splits(job)
+    accuracy = {"original": _accuracy(original, held_out)}
     calibration = _calibration(training, job.images, job.seed)
     key = workdir.digest(original, _options(job, pricing), calibration[:1])
     with clock("export"):
@@ -90,13 +93,15 @@ def run(job: Job, pricing: Pricing, progress: Callback) -> Outcome:
     with clock("measure original"):
         original_ms = pricing.start(original_onnx)
     budget_ms = job.budget.ms(original_ms)
+    if budget_ms >= original_ms:
+        raise UsageError(f"--latency {job.budget.text}: the original takes {original_ms:.4g} ms already; ask for less")
     if training is None:
         warnings.append(
             "no --data: channels were chosen by their weights alone and nothing was recovered; "
             "with --data FOLDER of images like those the network will see, far more accuracy is kept"
         )
     if count := denormals(original):
-        warnings.append(f"{count} denormal weights, which slow a runtime several times over, were set to zero")
+        warnings.append(f"{count} denormal weights, which slow a runtime several times over, are zero in the ONNX file")
     with clock("shrink"):
         shrunk = workdir.recall(job.folder, key, original) if job.folder else None
         if shrunk is None:
@@ -107,17 +112,19 @@ def run(job: Job, pricing: Pricing, progress: Callback) -> Outcome:
             if job.folder:
                 workdir.store(job.folder, key, shrunk)
     network = shrunk.network.copy()
-    accuracy = {"original": _accuracy(original, held_out), "shrunk": _accuracy(network, held_out)}
+    certificate = certify(original, shrunk.recipe)
+    accuracy["shrunk"] = _accuracy(network, held_out)
     history = None
     with clock("recover"):
         if job.recovery is not None and training is not None:
-            checkpoint = job.folder / f"training-{key}.pt" if job.folder else None
+            checkpoint = (
+                job.folder / f"training-{_training_key(job.recovery, shrunk, training)}.pt" if job.folder else None
+            )
             history = _recover(original, network, training, job.recovery, checkpoint, progress)
             warnings += history.notes
     accuracy["final"] = _accuracy(network, held_out) if history else accuracy["shrunk"]
     similarity = _similarity(original, network, held_out or training)
     with clock("export"):
-        certificate = certify(original, shrunk.recipe)
         folded = fold(network)
         onnx = to_onnx(folded).SerializeToString()
         verification = verify(onnx, folded, calibration[:1])
@@ -131,9 +138,15 @@ def run(job: Job, pricing: Pricing, progress: Callback) -> Outcome:
 
 def _splits(job: Job) -> tuple[DataSet | None, DataSet | None]:
     """(what may be learnt from, what figures are taken on): disjoint."""
-    if job.data is None or job.test is not None or not job.data.labelled or len(job.data) < 20:
+    if job.data is None or job.test is not None or len(job.data) < 20:
         return job.data, job.test
     return job.data.split(0.1, job.seed)
+
+
+def _training_key(config: TrainConfig, shrunk: Shrunk, data: DataSet) -> str:
+    """Names a training run: what it starts from and how it is done."""
+    text = f"{shrunk.recipe.to_json()} {config.digest()} {data.name} {len(data)} {data.labelled}"
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _calibration(data: DataSet | None, images: int, seed: int) -> list[torch.Tensor]:
@@ -157,7 +170,7 @@ def _recover(
     original: Network, network: Network, data: DataSet, config: TrainConfig, checkpoint: Path | None, progress: Callback
 ) -> History:
     def report(step: Step) -> None:
-        progress(step.step, step.steps, f"training, loss {step.loss:.3f},")
+        progress(step.step, step.steps, "training")
 
     teacher = copy.deepcopy(original.module)
     return finetune(network.module, teacher, data, config, checkpoint, report)

@@ -150,6 +150,7 @@ class Pricing:
 
     def measure_as_it_is(self, anatomy: Anatomy) -> None:
         """Measure the kernels of the network itself, and nothing for planning."""
+        self.model.place([span.site.kernel for span in anatomy.spans])
         self._measure([span.site.kernel for span in anatomy.spans], "measuring kernels")
 
     def kernel_ms(self, kernel: Kernel) -> float:

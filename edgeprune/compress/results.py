@@ -79,11 +79,13 @@ class Compression:
         """Raises BudgetMissedError when the final measurement lies above the budget."""
         if not self.report.met:
             share = self.report.ratio[0]
-            raise BudgetMissedError(
+            error = BudgetMissedError(
                 f"the compressed network measures {share * self.report.before.latency.median_ms:.4g} ms "
                 f"({100 * share:.1f}% of the original), above the budget of {self.report.budget_ms:.4g} ms; "
-                "the files were written. Measure again with `edgeprune measure`, or ask for a smaller --latency"
+                "measure again with `edgeprune measure`, repeat the command, or ask for a smaller --latency"
             )
+            error.result = self
+            raise error
 
     def to_dict(self) -> dict[str, Any]:
         files = {} if self.folder is None else {n: str(self.folder / n) for n in ("model.onnx", "model.pt2")}

@@ -107,7 +107,7 @@ def shrink(
     return Shrunk(
         state.recipe,
         repair(state),
-        float(fitted.plan.predicted_ms or 0.0),
+        float(fitted.plan.predicted_ms or 0.0) * correction,
         fitted.measured_ms,
         rounds,
         fitted.attempts,

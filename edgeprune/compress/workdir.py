@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,16 +18,19 @@ import torch
 
 from edgeprune.compress.apply import apply_recipe
 from edgeprune.compress.shrink import Shrunk
+from edgeprune.errors import EdgepruneError
 from edgeprune.graph.network import Network
 from edgeprune.plan.problem import Recipe
 
 VERSION = 1
+NAME = "shrunk.pt"
 
 
 def digest(network: Network, options: dict[str, Any], samples: Iterable[torch.Tensor]) -> str:
     """Key of a run, 16 hexadecimal digits."""
     state = hashlib.sha256(json.dumps({"version": VERSION, **options}, sort_keys=True).encode())
-    state.update(str(network.module.graph).encode())
+    leaves = "".join(f"{n} {m};" for n, m in network.module.named_modules() if n and not any(m.children()))
+    state.update(f"{network.input_shapes} {network.module.graph} {leaves}".encode())
     for tensor in (*network.module.state_dict().values(), *samples):
         state.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     return state.hexdigest()[:16]
@@ -34,7 +38,6 @@ def digest(network: Network, options: dict[str, Any], samples: Iterable[torch.Te
 
 def store(folder: Path, key: str, shrunk: Shrunk) -> None:
     """Keep a shrunk network; after a crash the folder holds the old state or the new one."""
-    folder.mkdir(parents=True, exist_ok=True)
     state = {
         "key": key,
         "recipe": shrunk.recipe.to_json(),
@@ -44,19 +47,36 @@ def store(folder: Path, key: str, shrunk: Shrunk) -> None:
         "weights": shrunk.network.module.state_dict(),
     }
     part = folder / "shrunk.pt.part"
-    torch.save(state, part)
-    os.replace(part, folder / "shrunk.pt")
+    with part.open("wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, folder / NAME)
 
 
 def recall(folder: Path, key: str, original: Network) -> Shrunk | None:
     """The shrunk network of the run with this key, or None."""
     try:
-        state = torch.load(folder / "shrunk.pt", weights_only=True)
+        state = torch.load(folder / NAME, weights_only=True)
         if state["key"] != key:
             return None
         recipe = Recipe.from_json(state["recipe"])
         network = apply_recipe(original, recipe)
+        _add_biases(network, state["weights"])
         network.module.load_state_dict(state["weights"])
         return Shrunk(recipe, network, state["predicted_ms"], state["measured_ms"], state["rounds"], ())
-    except Exception:  # whatever is wrong with a kept file, the run can be done again
-        return None
+    except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError, EdgepruneError):
+        return None  # whatever is wrong with a kept file, the run can be done again
+
+
+def forget(folder: Path) -> None:
+    """Shrink anew next time."""
+    (folder / NAME).unlink(missing_ok=True)
+
+
+def _add_biases(network: Network, weights: dict[str, torch.Tensor]) -> None:
+    """Refitting gives a bias to layers that had none."""
+    for name in weights.keys() - network.module.state_dict().keys():
+        path, _, leaf = name.rpartition(".")
+        if leaf == "bias":
+            network.module.get_submodule(path).bias = torch.nn.Parameter(weights[name].clone())

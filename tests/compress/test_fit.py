@@ -1,7 +1,7 @@
 import pytest
 
 from edgeprune.compress.fit import fit
-from edgeprune.errors import BudgetMissedError
+from edgeprune.errors import BudgetMissedError, BudgetUnreachableError
 from edgeprune.plan.problem import Plan
 
 
@@ -37,3 +37,17 @@ def test_the_least_damaging_plan_within_the_budget_wins():
 def test_a_budget_that_no_attempt_meets_is_an_error():
     with pytest.raises(BudgetMissedError, match="above the budget"):
         fit(planner(), lambda plan: 500.0, budget_ms=400.0)
+
+
+def test_a_plan_that_cannot_go_lower_keeps_what_was_found():
+    solve = planner()
+
+    def bounded(asked_ms):
+        if asked_ms < 395:
+            raise BudgetUnreachableError("no plan reaches that")
+        return solve(asked_ms)
+
+    fitted = fit(bounded, lambda plan: plan.widths["a"] * 0.9, budget_ms=400.0)
+    assert fitted.measured_ms <= 400
+    with pytest.raises(BudgetMissedError):
+        fit(bounded, lambda plan: plan.widths["a"] * 1.2, budget_ms=400.0)
