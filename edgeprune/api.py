@@ -10,13 +10,6 @@ import torch
 from torch import nn
 
 from edgeprune import methods
-from edgeprune.compress import job as jobs
-from edgeprune.compress import workdir
-from edgeprune.compress.budget import parse_budget
-from edgeprune.compress.inspection import Inspection
-from edgeprune.compress.pricing import Pricing
-from edgeprune.compress.results import Comparison, Compression, Export, Profile
-from edgeprune.compress.spans import dissect
 from edgeprune.deploy.bundle import write_files
 from edgeprune.deploy.export import to_onnx
 from edgeprune.deploy.verify import verify
@@ -26,6 +19,13 @@ from edgeprune.graph.fold import fold
 from edgeprune.graph.lift import lift
 from edgeprune.graph.load import load
 from edgeprune.graph.network import Network
+from edgeprune.pipeline import job as jobs
+from edgeprune.pipeline import workdir
+from edgeprune.pipeline.budget import parse_budget
+from edgeprune.pipeline.inspection import Inspection
+from edgeprune.pipeline.pricing import Pricing
+from edgeprune.pipeline.results import Comparison, Compression, Export, Profile
+from edgeprune.pipeline.spans import dissect
 from edgeprune.progress import Callback, silent
 from edgeprune.train.config import TrainConfig
 from edgeprune.train.data import open_data

@@ -50,7 +50,7 @@ class BudgetUnreachableError(EdgepruneError):
 
 
 class BudgetMissedError(EdgepruneError):
-    """``result``: the compression that missed (an ``edgeprune.compress.results.Compression``), where there is one."""
+    """``result``: the compression that missed (an ``edgeprune.pipeline.results.Compression``), where there is one."""
 
     exit_code = 9
     result: object = None

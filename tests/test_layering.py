@@ -19,9 +19,9 @@ ALLOWED = {
     "train": {"graph", "plan", "errors"},
     "deploy": {"graph", "latency", "plan", "errors"},
     "methods": {"prune"},
-    "compress": {"methods", "prune", "train", "deploy", "graph", "latency", "device", "plan", "errors"},
+    "pipeline": {"methods", "prune", "train", "deploy", "graph", "latency", "device", "plan", "errors"},
     "api": {
-        "compress",
+        "pipeline",
         "methods",
         "prune",
         "train",

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from edgeprune.compress.apply import apply_plan
-from edgeprune.compress.problem import attainable, build_problem, group_candidates, needed_kernels
-from edgeprune.compress.spans import dissect
 from edgeprune.graph.lift import lift
+from edgeprune.pipeline.apply import apply_plan
+from edgeprune.pipeline.problem import attainable, build_problem, group_candidates, needed_kernels
+from edgeprune.pipeline.spans import dissect
 from edgeprune.plan.exact import evaluate, smallest, solve
 from edgeprune.plan.problem import Axis, Plan, Ranking
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from edgeprune.compress import workdir
-from edgeprune.compress.certificate import certify
-from edgeprune.compress.shrink import Shrunk
 from edgeprune.errors import VerificationError
 from edgeprune.graph.lift import lift
+from edgeprune.pipeline import workdir
+from edgeprune.pipeline.certificate import certify
+from edgeprune.pipeline.shrink import Shrunk
 from edgeprune.plan.problem import Plan, Recipe
 
 
@@ -19,7 +19,7 @@ def network(stride=1, size=16):
 
 
 def shrunk(original):
-    from edgeprune.compress.apply import apply_recipe
+    from edgeprune.pipeline.apply import apply_recipe
 
     recipe = Recipe((Plan({"0": 5}, keep={"0": (0, 2, 3, 5, 7)}),))
     return Shrunk(recipe, apply_recipe(original, recipe), 1.0, 2.0, 1, ())

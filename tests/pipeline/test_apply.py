@@ -5,11 +5,11 @@ import pytest
 import torch
 from torch import nn
 
-from edgeprune.compress.apply import State, advance, apply_plan, apply_recipe
 from edgeprune.errors import UsageError
 from edgeprune.graph.blocks import find_blocks
 from edgeprune.graph.channels import analyse
 from edgeprune.graph.lift import lift
+from edgeprune.pipeline.apply import State, advance, apply_plan, apply_recipe
 from edgeprune.plan.problem import Plan, Ranking, Recipe
 
 

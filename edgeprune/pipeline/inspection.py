@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from edgeprune.compress.spans import Anatomy, Span
 from edgeprune.latency.kernel import Kernel
+from edgeprune.pipeline.spans import Anatomy, Span
 from edgeprune.plan.problem import Axis
 
 

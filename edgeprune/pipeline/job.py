@@ -12,12 +12,6 @@ from typing import Any
 
 import torch
 
-from edgeprune.compress import workdir
-from edgeprune.compress.budget import Budget
-from edgeprune.compress.certificate import certify
-from edgeprune.compress.judging import Judge
-from edgeprune.compress.pricing import Pricing
-from edgeprune.compress.shrink import Shrunk, shrink
 from edgeprune.deploy.export import to_onnx
 from edgeprune.deploy.verify import Verification, verify
 from edgeprune.device.target import Target
@@ -25,6 +19,12 @@ from edgeprune.errors import UsageError
 from edgeprune.graph.fold import denormals, fold
 from edgeprune.graph.network import Network
 from edgeprune.latency.networks import Timings
+from edgeprune.pipeline import workdir
+from edgeprune.pipeline.budget import Budget
+from edgeprune.pipeline.certificate import certify
+from edgeprune.pipeline.judging import Judge
+from edgeprune.pipeline.pricing import Pricing
+from edgeprune.pipeline.shrink import Shrunk, shrink
 from edgeprune.train.config import History, TrainConfig
 from edgeprune.train.config import Progress as Step
 from edgeprune.train.dataset import DataSet

@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from edgeprune.compress.apply import State, apply_recipe
-from edgeprune.compress.problem import Widths
-from edgeprune.compress.shrink import Judgement
-from edgeprune.compress.spans import Anatomy
 from edgeprune.graph.network import Network
+from edgeprune.pipeline.apply import State, apply_recipe
+from edgeprune.pipeline.problem import Widths
+from edgeprune.pipeline.shrink import Judgement
+from edgeprune.pipeline.spans import Anatomy
 from edgeprune.prune.aims import trace_channels
 from edgeprune.prune.assess import assess
 from edgeprune.prune.compensate import compensate

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from edgeprune.compress.spans import Anatomy, Span
 from edgeprune.latency.kernel import Kernel
+from edgeprune.pipeline.spans import Anatomy, Span
 from edgeprune.plan.problem import Axis, BlockChoice, GroupChoice, Problem, Ranking, Term
 
 Widths = tuple[int, ...]

@@ -2,7 +2,7 @@
 
 Damage is additive only while it is small. So the way down is taken in rounds: judge, plan to an intermediate budget,
 cut, repair, and judge what is left against the *original's* outputs. The last round plans, times the result whole, and
-corrects, until the measurement lies just under the budget (compress/fit.py).
+corrects, until the measurement lies just under the budget (pipeline/fit.py).
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from edgeprune.compress.apply import State, advance
-from edgeprune.compress.fit import Attempt, fit
-from edgeprune.compress.problem import Widths, build_problem
-from edgeprune.compress.spans import Anatomy, dissect
 from edgeprune.device.target import Fusion
 from edgeprune.errors import BudgetUnreachableError
 from edgeprune.graph.network import Network
 from edgeprune.latency.kernel import Kernel
+from edgeprune.pipeline.apply import State, advance
+from edgeprune.pipeline.fit import Attempt, fit
+from edgeprune.pipeline.problem import Widths, build_problem
+from edgeprune.pipeline.spans import Anatomy, dissect
 from edgeprune.plan.exact import smallest, solve
 from edgeprune.plan.problem import Plan, Problem, Ranking, Recipe
 
@@ -27,7 +27,7 @@ ROUND_SHARE = 0.85  # a round leaves at least about this share of the latency it
 
 
 class Prices(Protocol):
-    """What latency costs on the target (compress/pricing.py)."""
+    """What latency costs on the target (pipeline/pricing.py)."""
 
     fusion: Fusion
 

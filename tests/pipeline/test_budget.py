@@ -1,7 +1,7 @@
 import pytest
 
-from edgeprune.compress.budget import parse_budget
 from edgeprune.errors import UsageError
+from edgeprune.pipeline.budget import parse_budget
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,6 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import onnx
 
-from edgeprune.compress.apply import apply_plan
-from edgeprune.compress.problem import Widths, attainable, group_candidates, needed_kernels
-from edgeprune.compress.spans import Anatomy
 from edgeprune.deploy.export import to_onnx
 from edgeprune.device.device import connect
 from edgeprune.device.target import Target
@@ -31,6 +28,9 @@ from edgeprune.latency.predict import LatencyModel
 from edgeprune.latency.stairs import lattice, line_rows
 from edgeprune.latency.sweep import SweepStats, profile
 from edgeprune.latency.table import open_table
+from edgeprune.pipeline.apply import apply_plan
+from edgeprune.pipeline.problem import Widths, attainable, group_candidates, needed_kernels
+from edgeprune.pipeline.spans import Anatomy
 from edgeprune.plan.problem import Plan
 
 Callback = Callable[[float, float, str], None]

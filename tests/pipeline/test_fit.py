@@ -1,7 +1,7 @@
 import pytest
 
-from edgeprune.compress.fit import fit
 from edgeprune.errors import BudgetMissedError, BudgetUnreachableError
+from edgeprune.pipeline.fit import fit
 from edgeprune.plan.problem import Plan
 
 

@@ -7,8 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from edgeprune.compress.job import Job, Outcome
-from edgeprune.compress.pricing import Pricing
 from edgeprune.deploy.bundle import Content, write_files
 from edgeprune.deploy.report import Latency, NetworkFacts, Report, render
 from edgeprune.deploy.verify import Verification
@@ -18,6 +16,8 @@ from edgeprune.graph.fold import fold
 from edgeprune.graph.load import save
 from edgeprune.graph.network import Network
 from edgeprune.latency.networks import NetworkTiming, Timings
+from edgeprune.pipeline.job import Job, Outcome
+from edgeprune.pipeline.pricing import Pricing
 from edgeprune.plan.problem import Recipe
 
 

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from edgeprune.compress.apply import apply_recipe
-from edgeprune.compress.shrink import Shrunk
 from edgeprune.errors import EdgepruneError
 from edgeprune.graph.network import Network
+from edgeprune.pipeline.apply import apply_recipe
+from edgeprune.pipeline.shrink import Shrunk
 from edgeprune.plan.problem import Recipe
 
 VERSION = 1
