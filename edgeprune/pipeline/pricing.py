@@ -125,20 +125,20 @@ class Pricing:
         """Measure what plans over these candidates need; how many kernels that were."""
         before = self.tally.measured + self.tally.failed
         self._measure(self._lattices(anatomy, candidates), "measuring kernels")
-        self._measure(self.model.missing(list(needed_kernels(anatomy, candidates).values())), "measuring kernels")
+        self.complete(list(needed_kernels(anatomy, candidates).values()))
         return self.tally.measured + self.tally.failed - before
 
     def calibrate(self, anatomy: Anatomy, candidates: Sequence[Widths]) -> None:
         """Time the network and random plans of it whole, once for each network, so that sums of kernels come out
         right. The same networks are drawn every time, so that doing it again measures nothing."""
-        drawn = [anatomy.folded, *(_random_network(anatomy, candidates, seed) for seed in range(CALIBRATIONS))]
+        drawn = [anatomy.folded, *(random_network(anatomy, candidates, seed) for seed in range(CALIBRATIONS))]
         models: dict[str, bytes] = {}
         kernels: dict[str, list[str]] = {}
         for number, network in enumerate(drawn):
             self.progress(number, 2 * len(drawn), "calibrating")
             model = to_onnx(network)
             parts = sites(model, self.fusion)
-            self._measure(self.model.missing([s.kernel for s in parts]), "measuring kernels")
+            self.complete([s.kernel for s in parts])
             kernels[str(number)] = [s.kernel.key() for s in parts]
             models[str(number)] = model.SerializeToString()
         known = {row.keys for row in self.table.networks.values()}
@@ -147,6 +147,10 @@ class Pricing:
             self._measure([Kernel.from_key(key) for keys in missing.values() for key in keys], "measuring kernels")
             calibrate(self.device, self.table, {n: models[n] for n in missing}, missing)
             self.tally.networks += len(missing)
+
+    def complete(self, kernels: Sequence[Kernel]) -> None:
+        """Measure those of the kernels that the table can neither look up nor interpolate."""
+        self._measure(self.model.missing(kernels), "measuring kernels")
 
     def measure_as_it_is(self, anatomy: Anatomy) -> None:
         """Measure the kernels of the network itself, and nothing for planning."""
@@ -203,7 +207,7 @@ class Pricing:
         return list(rows)
 
 
-def _random_network(anatomy: Anatomy, candidates: Sequence[Widths], seed: int) -> Network:
+def random_network(anatomy: Anatomy, candidates: Sequence[Widths], seed: int) -> Network:
     """A folded network with random candidate widths and up to half of its blocks removed."""
     rng = np.random.default_rng((seed, 5))
     groups = anatomy.channels.groups
