@@ -98,7 +98,8 @@ class _Sweep:
         self.best = (math.inf, math.inf)  # references, large and small
         self.lost = 0
 
-    def measure(self, batch: list[Kernel]) -> None:
+    def measure(self, batch: list[Kernel], again: bool = True) -> None:
+        """``again``: a lone kernel on which the device was lost gets a second chance, since its row would stay."""
         try:
             rows = self.steady(batch)
         except (KernelsFailedError, DeviceLostError, TableError) as error:
@@ -109,6 +110,9 @@ class _Sweep:
                 half = len(batch) // 2
                 self.measure(batch[:half])
                 self.measure(batch[half:])
+                return
+            if again and isinstance(error, DeviceLostError):
+                self.measure(batch, again=False)
                 return
             rows = [Measurement(batch[0].key(), error=str(error), time=now())]
             self.stats.failed += 1
