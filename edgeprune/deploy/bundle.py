@@ -1,7 +1,7 @@
-"""Writes what a run delivers: NAME.onnx, NAME.pt2, plan.json, report.json.
+"""Writes what a run delivers.
 
-Everything is first written under temporary names and then renamed, ``report.json`` last: where there is a report, the
-files beside it are complete and belong to it. A run that dies leaves what was there before.
+Everything is first written under temporary names and then renamed, in the order given: where the last file is, those
+before it are complete and belong to it. A run that dies leaves what was there before.
 """
 
 from __future__ import annotations
@@ -15,26 +15,6 @@ from pathlib import Path
 from edgeprune.errors import UsageError
 
 Content = bytes | str | Callable[[Path], None]
-
-
-def write_bundle(
-    folder: str | Path, name: str, *, onnx: bytes, save_network: Callable[[Path], None], plan: str, report: str
-) -> dict[str, Path]:
-    """Write the deliverables of a run; the folder is made if need be.
-
-    save_network: writes the compressed torch network to the path it is given (``edgeprune.graph.load.save``)
-    plan, report: JSON texts
-
-    Returns the paths by "onnx", "pt2", "plan" and "report". Raises UsageError when the folder cannot be written.
-    """
-    files: dict[str, Content] = {
-        f"{name}.onnx": onnx,
-        f"{name}.pt2": save_network,
-        "plan.json": plan,
-        "report.json": report,
-    }
-    paths = write_files(folder, files)
-    return dict(zip(("onnx", "pt2", "plan", "report"), paths, strict=True))
 
 
 def write_files(folder: str | Path, files: Mapping[str, Content]) -> list[Path]:

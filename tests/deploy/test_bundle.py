@@ -1,18 +1,15 @@
 import pytest
 
-from edgeprune.deploy.bundle import write_bundle, write_files
+from edgeprune.deploy.bundle import write_files
 from edgeprune.errors import UsageError
 
 
-def test_all_four_files(tmp_path):
-    paths = write_bundle(
-        tmp_path / "new" / "out", "net", onnx=b"O", save_network=lambda p: p.write_text("N"), plan="{}", report='"é"'
-    )
-    assert {k: p.name for k, p in paths.items()} == {
-        "onnx": "net.onnx", "pt2": "net.pt2", "plan": "plan.json", "report": "report.json",
-    }  # fmt: skip
-    assert [p.read_bytes() for p in paths.values()] == [b"O", b"N", b"{}", '"é"'.encode()]
-    assert sorted(p.name for p in (tmp_path / "new" / "out").iterdir()) == sorted(p.name for p in paths.values())
+def test_bytes_text_and_functions_are_written(tmp_path):
+    folder = tmp_path / "new" / "out"
+    paths = write_files(folder, {"a": b"O", "b": lambda p: p.write_text("N"), "c": '"é"'})
+    assert [p.name for p in paths] == ["a", "b", "c"]
+    assert [p.read_bytes() for p in paths] == [b"O", b"N", '"é"'.encode()]
+    assert sorted(p.name for p in folder.iterdir()) == ["a", "b", "c"]
 
 
 def test_a_failure_leaves_what_was_there(tmp_path):
