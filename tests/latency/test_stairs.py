@@ -63,10 +63,6 @@ def test_lattices_price_every_pair_of_edges(tmp_path):
     model = measured(tmp_path, span)
     pairs = itertools.product(lattice(range(16, 257, 16)), lattice(range(16, 513, 16)))
     more = table_of(tmp_path / "more", [span.at(pair) for pair in pairs], stairs_ms)
-        tmp_path / "more",
-        [span.at(pair) for pair in itertools.product(lattice(range(16, 257, 16)), lattice(range(16, 513, 16)))],
-        stairs_ms,
-    )
     model.table.append(list(more.rows.values()))
     steps_in, steps_out = range(16, 257, 16), range(16, 513, 16)
     assert model.missing([conv(x, y) for x in steps_in for y in steps_out]) == []
