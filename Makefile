@@ -15,7 +15,7 @@ setup: $(VENV)/.ready
 
 demo: setup
 	$(BIN)/edgeprune compress examples/digits/digits.pt2 --data examples/digits/data.py:train \
-	    --test examples/digits/data.py:test --latency 60% --images 256 --minutes 0.5 --out demo-out
+	    --test examples/digits/data.py:test --latency 60% --images 256 --minutes 1 --out demo-out
 
 test: setup
 	$(BIN)/python -m pytest $(TESTS)
