@@ -54,8 +54,6 @@ def profile(
             anatomy = dissect(_network(model, input_shape), pricing.fusion)
             pricing.calibrate(anatomy, pricing.prepare(anatomy))
             pricing.settle(anatomy)
-        else:
-            pricing.check()
         tally, table = pricing.tally, pricing.table
         return Profile(
             target, pricing.fingerprint, str(table.path), len(table.rows), tally.known, tally.measured, tally.failed,

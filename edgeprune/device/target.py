@@ -90,11 +90,16 @@ class Target:
 
 def home() -> Path:
     """The user's own directory: targets and profiles in it come first."""
+    return own_folder("XDG_CONFIG_HOME", ".config")
+
+
+def own_folder(variable: str, default: str) -> Path:
+    """$EDGEPRUNE_HOME, else ``edgeprune`` below what ``variable`` names, else below ``default`` of the home folder."""
     own = os.environ.get("EDGEPRUNE_HOME")
     if own:
         return Path(own)
-    config = os.environ.get("XDG_CONFIG_HOME")
-    return (Path(config) if config else Path.home() / ".config") / "edgeprune"
+    base = os.environ.get(variable)
+    return (Path(base) if base else Path.home() / default) / "edgeprune"
 
 
 def search_path(kind: str) -> list[Path]:

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from edgeprune.device.device import Fingerprint
-from edgeprune.device.target import search_path
+from edgeprune.device.target import own_folder, search_path
 from edgeprune.errors import TableError
 from edgeprune.latency.kernel import Kernel
 
@@ -282,11 +282,7 @@ def now() -> float:
 
 def cache_home() -> Path:
     """Where own measurements lie: $EDGEPRUNE_HOME, else the user's cache directory."""
-    own = os.environ.get("EDGEPRUNE_HOME")
-    if own:
-        return Path(own)
-    cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "edgeprune"
+    return own_folder("XDG_CACHE_HOME", ".cache")
 
 
 def table_path(fingerprint: Fingerprint) -> Path:

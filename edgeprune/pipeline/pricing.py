@@ -83,14 +83,10 @@ class Pricing:
     def fingerprint(self) -> dict[str, object]:
         return asdict(self.device.fingerprint)
 
-    def check(self) -> None:
-        """Ask the device who it is, so that one that does not answer is known at once."""
-        self.device.fingerprint  # noqa: B018
-
     def start(self, original: bytes) -> float:
         """Take ``original`` as what other networks are timed against; its latency in ms."""
         self.original = original
-        timing = self._time({"original": original}).networks["original"]
+        timing = self.compare({"original": original}).networks["original"]
         self.original_ms = timing.median_ms
         return self.original_ms
 
@@ -173,14 +169,11 @@ class Pricing:
         if self.original is None:
             raise TableError("nothing to time against; start the pricing with the original network first")
         onnx_bytes = to_onnx(fold(network)).SerializeToString()
-        timings = self._time({"original": self.original, "candidate": onnx_bytes})
+        timings = self.compare({"original": self.original, "candidate": onnx_bytes})
         return timings.ratio("candidate", "original").value * self.original_ms
 
     def compare(self, models: Mapping[str, bytes], rounds: int | None = None) -> Timings:
         """Time serialised ONNX models against each other, interleaved."""
-        return self._time(models, rounds)
-
-    def _time(self, models: Mapping[str, bytes], rounds: int | None = None) -> Timings:
         self.tally.networks += len(models)
         return measure_networks(self.device, models, rounds)
 
