@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from edgeprune import methods
 from edgeprune.deploy.bundle import write_files
 from edgeprune.deploy.export import to_onnx
 from edgeprune.deploy.verify import verify
@@ -19,6 +18,7 @@ from edgeprune.graph.fold import fold
 from edgeprune.graph.lift import lift
 from edgeprune.graph.load import load
 from edgeprune.graph.network import Network
+from edgeprune.methods import selector_name
 from edgeprune.pipeline import job as jobs
 from edgeprune.pipeline import workdir
 from edgeprune.pipeline.budget import parse_budget
@@ -71,7 +71,7 @@ def compress(
     target: str = "cpu",
     threads: int | None = None,
     normalize: str | None = None,
-    method: str = "cap",
+    method: str | None = None,
     images: int = 1024,
     minutes: float | None = None,
     epochs: float | None = None,
@@ -85,7 +85,7 @@ def compress(
     latency:     "10ms", "800us", "60%" of the original, "1.7x"
     data:        a folder of images, an .npz, "file.py:function", arrays, or any iterable of batches; labels optional
     test:        labelled data for the figures only
-    method:      how channels are ranked: a key of ``edgeprune.methods.IMPORTANCE``
+    method:      which channels: a key of ``edgeprune.methods.SELECTORS`` (default: the best for what there is)
     images:      calibration images
     minutes, epochs: length of the recovery training (default: 10 minutes; 0 is none)
     out:         directory for the deliverables and for what lets the same call go on after an interruption
@@ -94,8 +94,7 @@ def compress(
     lies above the budget, and the other errors of ``edgeprune.errors``.
     """
     budget, network = parse_budget(latency), _network(model, input_shape)
-    if method not in methods.IMPORTANCE:
-        raise UsageError(f"--method {method!r} is not known; known methods: {', '.join(sorted(methods.IMPORTANCE))}")
+    method = selector_name(method, data is not None)
     if minutes is not None and epochs is not None:
         raise UsageError("--minutes and --epochs exclude each other; give one of them")
     if images < 1:

@@ -111,7 +111,7 @@ def _add_compress(commands: Any) -> None:
     )
     parser.add_argument("--test", metavar="SPEC", help="labelled images that are used for nothing but the final figure")
     parser.add_argument("--normalize", metavar="M,M,M/S,S,S", help="imagenet, none (default), or means/deviations")
-    parser.add_argument("--method", default="cap", help="how channels are ranked: cap (default), taylor, magnitude")
+    parser.add_argument("--method", help="which channels: cap (default), taylor, magnitude (default without --data)")
     parser.add_argument("--images", type=int, default=1024, help="calibration images (default: 1024)")
     parser.add_argument("--minutes", type=float, help="time for recovery training (default: 10; 0: none)")
     parser.add_argument("--epochs", type=float, help="passes of recovery training, instead of --minutes")

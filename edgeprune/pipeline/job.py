@@ -19,6 +19,7 @@ from edgeprune.errors import UsageError
 from edgeprune.graph.fold import denormals, fold
 from edgeprune.graph.network import Network
 from edgeprune.latency.networks import Timings
+from edgeprune.methods import SELECTORS
 from edgeprune.pipeline import workdir
 from edgeprune.pipeline.budget import Budget
 from edgeprune.pipeline.certificate import certify
@@ -40,6 +41,7 @@ FINAL_ROUNDS = 30
 class Job:
     """What is asked.
 
+    method:   which channels, a key of ``methods.SELECTORS``
     data:     images for selection, refitting and training; None: selection looks at the weights alone
     test:     labelled images for the figures only; without it a tenth of ``data`` is held out for them
     images:   how many of ``data`` calibrate selection and refitting
@@ -50,9 +52,9 @@ class Job:
     network: Network
     budget: Budget
     target: Target
+    method: str
     data: DataSet | None = None
     test: DataSet | None = None
-    method: str = "cap"
     images: int = 1024
     recovery: TrainConfig | None = None
     seed: int = 0
@@ -105,7 +107,7 @@ def run(job: Job, pricing: Pricing, progress: Callback) -> Outcome:
     with clock("shrink"):
         shrunk = workdir.recall(job.folder, key, original) if job.folder else None
         if shrunk is None:
-            judge = Judge(original, job.method, calibration, progress)
+            judge = Judge(original, SELECTORS[job.method], calibration, progress)
             shrunk = shrink(
                 original, original_ms, budget_ms, pricing, judge.judge, judge.repair, pricing.clock, progress
             )

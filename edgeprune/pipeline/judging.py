@@ -15,6 +15,7 @@ from edgeprune.pipeline.spans import Anatomy
 from edgeprune.prune.aims import trace_channels
 from edgeprune.prune.assess import assess
 from edgeprune.prune.compensate import compensate
+from edgeprune.prune.select.curve import Selector
 
 Callback = Callable[[float, float, str], None]
 
@@ -26,8 +27,8 @@ class Judge:
     """Judges and repairs cuts of ``original`` by its responses to ``batches`` ((n, ...) inputs, no labels). Without
     batches selection looks at the weights, and nothing is repaired."""
 
-    def __init__(self, original: Network, method: str, batches: Sequence[torch.Tensor], progress: Callback):
-        self.original, self.method, self.batches, self.progress = original, method, batches, progress
+    def __init__(self, original: Network, selector: Selector, batches: Sequence[torch.Tensor], progress: Callback):
+        self.original, self.selector, self.batches, self.progress = original, selector, batches, progress
 
     def judge(self, state: State, anatomy: Anatomy, candidates: Sequence[Widths]) -> Judgement:
         found = assess(
@@ -36,7 +37,7 @@ class Judge:
             anatomy.channels,
             anatomy.blocks,
             self.batches or None,
-            self.method,
+            self.selector,
             kept=self._kept(state),
             widths={
                 group.name: _probes(widths)

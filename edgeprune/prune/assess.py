@@ -13,6 +13,8 @@ from edgeprune.plan.problem import Ranking
 from edgeprune.prune.aims import Kept
 from edgeprune.prune.depth import block_damage
 from edgeprune.prune.judge import Judge
+from edgeprune.prune.select.cap import cap
+from edgeprune.prune.select.curve import Selector
 from edgeprune.prune.sensitivity import PROBES, rank_groups
 
 NOISE_IMAGES = 64
@@ -34,7 +36,7 @@ def assess(
     channels: Channels,
     blocks: Sequence[Block],
     batches: Iterable[Any] | None,
-    method: str = "cap",
+    selector: Selector = cap,
     *,
     kept: Kept | None = None,
     widths: Mapping[str, Sequence[int]] | None = None,
@@ -44,12 +46,13 @@ def assess(
     """Judge every group and block of ``current`` by what it does to the original's outputs.
 
     channels, blocks: ``analyse`` and ``find_blocks`` of ``current``
-    batches:  calibration inputs; None: random inputs give the scale, channels go by magnitude
+    batches:  calibration inputs; None: random inputs give the scale of the damage and nothing else
+    selector: which channels; without batches a data-free one
     kept:     as for ``compensate``
     widths:   group name -> the widths worth measuring exactly; groups not named are not judged (default: all groups at
               75, 50 and 25 %)
     progress: called with the share done, 0 to 1
-    Raises DataError without any image, UsageError for an unknown method.
+    Raises DataError without any image.
     """
     inputs = [current.random_inputs(NOISE_IMAGES)] if batches is None else batches
     probes = dict.fromkeys((g.name for g in channels.groups), PROBES) if widths is None else widths
@@ -59,7 +62,7 @@ def assess(
     rankings = rank_groups(
         judge,
         channels,
-        method,
+        selector,
         data_free=batches is None,
         only=probes.keys(),
         widths=widths,

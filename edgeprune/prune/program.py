@@ -57,7 +57,9 @@ class Program:
 
     def leaf(self, node: fx.Node) -> Any:
         """The module a node calls."""
-        path = str(node.target)
+        return self.module(str(node.target))
+
+    def module(self, path: str) -> Any:
         return self.modules[path] if path in self.modules else self.network.module.get_submodule(path)
 
     def through(self, node: fx.Node) -> fx.Node:

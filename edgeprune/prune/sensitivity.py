@@ -7,29 +7,25 @@ Between the probed widths the local curve is followed, scaled so that it passes 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 
-from edgeprune.errors import UsageError
 from edgeprune.graph.channels import ChannelGroup, Channels
-from edgeprune.graph.network import Network
 from edgeprune.plan.problem import Ranking
 from edgeprune.prune.consumers import Consumer, find_consumers, without_units
 from edgeprune.prune.judge import Judge
-from edgeprune.prune.scores import LocalCurve, cap, magnitude, taylor
+from edgeprune.prune.select.cap import cap
+from edgeprune.prune.select.curve import LocalCurve, Selector
 
 PROBES = (0.75, 0.5, 0.25)  # shares of a group that are kept
 TINY = 1e-12
-
-Importance = Callable[..., dict[str, Ranking]]
 
 
 def rank_groups(
     judge: Judge,
     channels: Channels,
-    method: str = "cap",
+    selector: Selector = cap,
     *,
     data_free: bool = False,
     only: Collection[str] | None = None,
@@ -38,39 +34,21 @@ def rank_groups(
 ) -> dict[str, Ranking]:
     """Rankings of the groups of the judge's network; groups that no treatable layer reads are left out.
 
-    method:    "magnitude", "taylor" or "cap"
+    selector:  which channels (prune/select/)
     data_free: the judge's images mean nothing (noise): use no statistics of them but the scale of the damage
     widths:    group name -> widths to probe (default: 75, 50 and 25 %)
     """
-    if method not in ("magnitude", "taylor", "cap"):
-        raise UsageError(f"importance {method!r} is unknown; expected magnitude, taylor or cap")
     groups = [g for g in channels.groups if only is None or g.name in only]
-    first_order = taylor(judge, groups) if method == "taylor" else {}
+    curve = selector(judge, groups)
     rankings: dict[str, Ranking] = {}
     for i, group in enumerate(groups):
         consumers = find_consumers(None if data_free else judge, judge.program, group)
         if consumers is not None:
-            curve = _local(judge, group, consumers, method, first_order, data_free)
             probes = widths.get(group.name) if widths else None
-            rankings[group.name] = calibrate(judge, group, consumers, curve, probes)
+            rankings[group.name] = calibrate(judge, group, consumers, curve(group, consumers), probes)
         if progress is not None:
             progress(i + 1, len(groups))
     return rankings
-
-
-def _local(
-    judge: Judge,
-    group: ChannelGroup,
-    consumers: Sequence[Consumer],
-    method: str,
-    first_order: Mapping[str, LocalCurve],
-    data_free: bool,
-) -> LocalCurve:
-    if method == "cap" and not data_free and any(c.gram is not None for c in consumers):
-        return cap(consumers)
-    if method == "taylor" and group.name in first_order:
-        return first_order[group.name]
-    return magnitude(judge.program, group)
 
 
 def calibrate(
@@ -110,20 +88,3 @@ def scaled(cost: np.ndarray, measured: Mapping[int, float]) -> np.ndarray:
         result[w] = d
     result[size] = 0.0
     return np.maximum.accumulate(result[::-1])[::-1]
-
-
-def importance(method: str) -> Importance:
-    """``(network, channels, batches | None, original=None) -> rankings`` of a method. Without batches random inputs
-    give the damage its scale, and channels are chosen by magnitude."""
-
-    def rank(
-        network: Network,
-        channels: Channels,
-        batches: Iterable[Any] | None,
-        original: Network | None = None,
-    ) -> dict[str, Ranking]:
-        inputs = [network.random_inputs(64)] if batches is None else batches
-        judge = Judge(original or network, network, inputs)
-        return rank_groups(judge, channels, method, data_free=batches is None)
-
-    return rank

@@ -1,0 +1,1 @@
+"""Makes nets.py importable for the tests of the sub-packages."""
