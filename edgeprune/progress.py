@@ -42,12 +42,6 @@ class Progress:
         share = f"{100 * done / total:3.0f} %" if total else ""
         self._write(f"  {what}  {share}  {duration(left) + ' left' if left is not None else ''}")
 
-    def say(self, text: str) -> None:
-        """A line that stays, on a terminal only."""
-        if self.enabled:
-            self.clear()
-            print(text, file=self.stream, flush=True)
-
     def clear(self) -> None:
         """Take the progress line away."""
         if self.enabled and self._width:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from cifar import CifarResNet
+from cifar import models
 from support import allow_torchvision, randomise_norms
 from torch import nn
 
@@ -44,15 +44,15 @@ def _torchvision(name: str, **kwargs: Any) -> nn.Module:
     return torchvision.models.get_model(name, weights=None, **kwargs)
 
 
-def _cifar(name: str, **kwargs: Any) -> nn.Module:
-    return CifarResNet(**kwargs)
+def _ours(name: str) -> nn.Module:
+    return getattr(models, name)()
 
 
-_SOURCES: dict[str, Callable[..., nn.Module]] = {"timm": _timm, "torchvision": _torchvision, "here": _cifar}
+_SOURCES: dict[str, Callable[..., nn.Module]] = {"timm": _timm, "torchvision": _torchvision, "here": _ours}
 
 FAMILIES = (
-    Family("ResNet, zero padding", "resnet20", "here", 32, fast=True, kwargs={"depth": 20}),
-    Family("ResNet, projection", "resnet56_proj", "here", 32, kwargs={"depth": 56, "projection": True}),
+    Family("ResNet, zero padding", "resnet20", "here", 32, fast=True),
+    Family("ResNet, projection", "resnet56_proj", "here", 32),
     Family("ResNet", "resnet18", "torchvision", fast=True),
     Family("ResNet", "resnet50", "torchvision"),
     Family("ResNet-D", "resnet26d"),

@@ -13,7 +13,6 @@ def test_quiet_when_not_a_terminal():
     progress = Progress(stream, clock=iter(range(100)).__next__)
     for i in range(10):
         progress(i, 10, "measuring")
-    progress.say("done")
     progress.clear()
     assert stream.getvalue() == ""
 

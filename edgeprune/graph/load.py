@@ -70,11 +70,6 @@ def load(
         ) from error
 
 
-def from_factory(factory: str, input_shapes: Shapes | None) -> Network:
-    """The network that ``factory`` builds, with the weights it builds it with. Raises as ``load`` does."""
-    return _run_once(_lifted(build(factory), None if input_shapes is None else _checked_shapes(input_shapes), factory))
-
-
 def parse_input(text: str) -> tuple[tuple[int, ...], ...]:
     """``1x3x224x224`` or ``1x3x224x224,1x4`` -> shapes, one per input. Raises UsageError."""
     try:

@@ -13,7 +13,8 @@ from support import relative_error
 from torch import nn
 
 from edgeprune.errors import EdgepruneError, ModelFileError, UnsupportedModelError, UsageError
-from edgeprune.graph.load import from_factory, load, parse_input, save
+from edgeprune.graph.factory import build
+from edgeprune.graph.load import load, parse_input, save
 
 SHAPE = [(1, 3, 16, 16)]
 
@@ -108,13 +109,7 @@ def test_a_factory_that_does_not_work(factory, says, tmp_path):
     path = tmp_path / "nets.py"
     path.write_text("def number():\n    return 3\n\ndef bad():\n    return 1 / 0\n")
     with pytest.raises(UsageError, match=says):
-        from_factory(factory.replace("{file}", str(path)), SHAPE)
-
-
-def test_a_factory_alone(net, factory):
-    assert_equal_to(from_factory(f"{factory}:net", SHAPE), net)
-    with pytest.raises(UsageError, match="--input"):
-        from_factory(f"{factory}:net", None)
+        build(factory.replace("{file}", str(path)))
 
 
 def test_a_pickled_module_is_refused_unless_trusted(sound, net, tmp_path):
