@@ -45,7 +45,7 @@ class Compression:
             input_shapes=[list(s) for s in job.network.input_shapes],
             asked=job.budget.text,
             budget_ms=job.budget.ms(before.median_ms),
-            predicted_ms=shrunk.predicted_ms,
+            predicted_ms=shrunk.predicted_share * before.median_ms,
             before=_facts(job.network, before, len(outcome.original_onnx), accuracy["original"]),
             after=_facts(outcome.network, after, len(outcome.onnx), accuracy["final"]),
             ratio=[ratio.value, ratio.low, ratio.high],

@@ -49,12 +49,12 @@ class Judgement:
 
 @dataclass(frozen=True, slots=True)
 class Shrunk:
-    """recipe: what was done to the original. network: cut, repaired, not yet trained; its latency as predicted by the
-    table and as measured, in ms."""
+    """recipe: what was done to the original. network: cut, repaired, not yet trained; its latency as the table predicts
+    it, told as a share of the original's (the machine's drift is in neither), and as measured, in ms."""
 
     recipe: Recipe
     network: Network
-    predicted_ms: float
+    predicted_share: float
     measured_ms: float
     rounds: int
     attempts: tuple[Attempt, ...]
@@ -107,7 +107,7 @@ def shrink(
     return Shrunk(
         state.recipe,
         repair(state),
-        float(fitted.plan.predicted_ms or 0.0) * correction,
+        float(fitted.plan.predicted_ms or 0.0) * correction / original_ms,
         fitted.measured_ms,
         rounds,
         fitted.attempts,

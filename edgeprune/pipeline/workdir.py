@@ -22,7 +22,7 @@ from edgeprune.pipeline.apply import apply_recipe
 from edgeprune.pipeline.shrink import Shrunk
 from edgeprune.plan.problem import Recipe
 
-VERSION = 1
+VERSION = 2
 NAME = "shrunk.pt"
 
 
@@ -41,7 +41,7 @@ def store(folder: Path, key: str, shrunk: Shrunk) -> None:
     state = {
         "key": key,
         "recipe": shrunk.recipe.to_json(),
-        "predicted_ms": shrunk.predicted_ms,
+        "predicted_share": shrunk.predicted_share,
         "measured_ms": shrunk.measured_ms,
         "rounds": shrunk.rounds,
         "weights": shrunk.network.module.state_dict(),
@@ -64,7 +64,7 @@ def recall(folder: Path, key: str, original: Network) -> Shrunk | None:
         network = apply_recipe(original, recipe)
         _add_biases(network, state["weights"])
         network.module.load_state_dict(state["weights"])
-        return Shrunk(recipe, network, state["predicted_ms"], state["measured_ms"], state["rounds"], ())
+        return Shrunk(recipe, network, state["predicted_share"], state["measured_ms"], state["rounds"], ())
     except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError, EdgepruneError):
         return None  # whatever is wrong with a kept file, the run can be done again
 
