@@ -52,7 +52,7 @@ class Report:
     origin:        where the network came from
     input_shapes:  batch 1 in front
     asked:         the budget as it was typed ("60%"); ``budget_ms`` what it came to
-    predicted_ms:  latency of the plan by the table alone: its share of the original there, of the original measured here
+    predicted_ms:  latency of the plan by the table alone: its share of the original there, times ``before``
     before, after: the original and the compressed network, measured interleaved; ``ratio`` after / before with its
                    95 % confidence interval (value, low, high)
     untrained_accuracy: accuracy of the cut network before any training, None without labels
