@@ -11,7 +11,8 @@ so evaluation computes what it did, and training on batches like these computes 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -65,3 +66,20 @@ def _rescale(norm: nn.Module, mean: torch.Tensor, var: torch.Tensor) -> None:
     norm.weight.copy_(scale * (var + norm.eps).sqrt() / old)
     norm.running_mean.copy_(mean)
     norm.running_var.copy_(var)
+
+
+@torch.no_grad()
+def anchor_if_better(
+    module: nn.Module, batches: Sequence[torch.Tensor], losses: Sequence[Callable[[object], float]]
+) -> None:
+    """Anchor where the module is better with its running statistics than with a batch's own: it was refitted. Where it
+    is not, the batch's own are the repair. losses: of what the module returns, one for each batch."""
+    running = batch = 0.0
+    for x, loss in zip(batches, losses, strict=True):
+        trial = copy.deepcopy(module).eval()
+        running += loss(trial(x))
+        for norm in norms(trial):
+            norm.train()
+        batch += loss(trial(x))
+    if running < batch:
+        anchor(module, batches)

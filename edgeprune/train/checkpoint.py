@@ -13,7 +13,7 @@ import torch
 
 from edgeprune.errors import UsageError
 
-CHECKPOINT_VERSION = 1
+CHECKPOINT_VERSION = 2
 
 
 def save(path: Path, state: dict[str, Any]) -> None:

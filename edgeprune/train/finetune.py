@@ -10,8 +10,7 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,13 @@ from torch import nn
 
 from edgeprune.errors import EdgepruneError
 from edgeprune.train import checkpoint
-from edgeprune.train.anchor import anchor, norms
-from edgeprune.train.augment import Views, chosen
+from edgeprune.train.anchor import anchor_if_better, norms
+from edgeprune.train.augment import chosen
 from edgeprune.train.config import History, Progress, TrainConfig
 from edgeprune.train.dataset import Batch, DataSet
 from edgeprune.train.evaluate import device_of, evaluate
+from edgeprune.train.feed import Feed
+from edgeprune.train.hooks import Hook, Hooks
 from edgeprune.train.loss import Objective, Outputs, as_outputs, check_labels
 from edgeprune.train.modules import check_finite, identity_of, optimizer_for, place, training_mode
 from edgeprune.train.pace import Pace
@@ -36,6 +37,7 @@ SNAPSHOT_STEPS = 20  # how far a diverged run goes back
 MAX_ROLLBACKS = 8
 DIVERGED = 3.0  # times the loss of a constant answer, or of the first step where that is larger
 ANCHOR_SAMPLES = 1024
+TIMED = 6  # steps of each kind that tell how long one takes
 REPEATS = 4  # how often a view is shown in a long run, so that the original is asked for a quarter of the steps
 _SMOOTH = 0.95
 
@@ -48,6 +50,7 @@ def finetune(
     checkpoint_path: Path | None = None,
     progress: Callable[[Progress], None] | None = None,
     validation: DataSet | None = None,
+    hooks: Sequence[Hook] = (),
 ) -> History:
     """Train ``student`` in place to answer like ``teacher`` (and the labels); it ends in eval mode.
 
@@ -56,6 +59,7 @@ def finetune(
     checkpoint_path: where the run is saved every ``config.checkpoint_s`` seconds; if the file is there already the run
         goes on from it, and a finished run is not repeated.
     validation: labelled samples; the best weights on them are kept. Without them the last ones are.
+    hooks: what a learning method does at every step, in this order (train/hooks.py).
     Raises DataError (nothing to learn from, labels beyond the classes, numbers that are not finite in the data),
     UsageError (the checkpoint belongs to another run), EdgepruneError (training diverges at any learning rate).
     """
@@ -65,8 +69,8 @@ def finetune(
         device = torch.device("cuda" if config.device == "auto" and cuda else config.device.replace("auto", "cpu"))
         home = device_of(student)
         try:
-            run = _Run(student, teacher, data, config, device, checkpoint_path, validation, started)
-            with run.loader:
+            run = _Run(student, teacher, data, config, device, checkpoint_path, validation, Hooks(hooks), started)
+            with run.feed:
                 return run.train(progress)
         finally:
             place(student, home, torch.contiguous_format)
@@ -85,17 +89,17 @@ class _Run:
         device: torch.device,
         path: Path | None,
         validation: DataSet | None,
+        hooks: Hooks,
         started: float,
     ):
         self.student, self.data, self.config, self.device, self.path = student, data, config, device, path
         self.validation = validation if validation is not None and validation.labelled else None
-        self.identity = identity_of(student, teacher, data, config)
+        self.hooks = hooks
+        self.identity = identity_of(student, teacher, data, config, hooks.key())
         self.batch_size = min(config.batch_size, len(data))
         self.batch_norm = config.batch_norm if self.batch_size > 1 else "frozen"  # one sample has no statistics
-        self.per_epoch = len(data) // self.batch_size
         self.history = History()
         self.pace = Pace(config, started)
-        self.loader = ThreadPoolExecutor(1)
         self.format = torch.channels_last if len(data.input_shape) == 4 else torch.contiguous_format
         place(student, device, self.format)
         if teacher is not None:
@@ -112,12 +116,14 @@ class _Run:
             check_labels(labels, self.objective.classes, data.name)
         self.constant_loss = self.objective.of_constant(sample, labels)
         scores = self.objective.classes is not None
-        self.augment, note = chosen(
+        augment, note = chosen(
             config.augment, data.input_shape, config.seed, x, lambda x: self._outputs(judge, x)[0] if scores else None
         )
         if note:
             self.history.notes.append(note)
         self.teacher = None if teacher is None else Teacher(teacher, len(data), sample)
+        view_of = self.teacher.view_of if self.teacher is not None else lambda epoch: epoch
+        self.feed = Feed(data, self.batch_size, config.seed, augment, view_of)
         self.optimizer = optimizer_for(student, config)
         self.average: dict[str, torch.Tensor] | None = None
         self.schedule = Schedule(0, config.warmup)
@@ -125,8 +131,6 @@ class _Run:
         self.smoothed: float | None = None
         self.first_loss = 0.0
         self.best: tuple[float, int, dict[str, torch.Tensor]] | None = None
-        self._order: tuple[int, np.ndarray] | None = None
-        self._views: tuple[int, Views | None] | None = None
 
     # --- the loop -----------------------------------------------------------------------------------------------
 
@@ -144,19 +148,20 @@ class _Run:
                 self.average = copy.deepcopy(self._weights())
             self._evaluate()
             self.schedule.steps = self._count_steps()
-        good, pending, saved_at = self._state(), self._load(self.schedule.step), time.monotonic()
+            self.hooks.start(self.schedule.steps)
+        good, pending, saved_at = self._state(), self.feed.load(self.schedule.step), time.monotonic()
         if saved is None and self.path is not None:
             self._save(good)
-        while not self.schedule.done:
+        while not self.schedule.done and not self.hooks.done():
             step, begun = self.schedule.step, time.monotonic()
             batch = pending.result()
             if step + 1 < self.schedule.steps:
-                pending = self._load(step + 1)
+                pending = self.feed.load(step + 1)
             lr = self.config.lr * self.lr_scale * self.schedule.factor()
             loss = self._step(self.student, self.optimizer, batch, step, lr)
             if self._diverged(loss):
                 self._back(good, loss)
-                pending = self._load(self.schedule.step)
+                pending = self.feed.load(self.schedule.step)
                 continue
             self.first_loss = self.first_loss or loss
             self.smoothed = loss if self.smoothed is None else _SMOOTH * self.smoothed + (1 - _SMOOTH) * loss
@@ -181,11 +186,15 @@ class _Run:
         x, y = batch
         x = self.data.normalisation(x.to(self.device, memory_format=self.format))
         y = None if y is None else y.to(self.device)
-        positions, view = self._positions(step)
+        positions, view = self.feed.positions(step)
         torch.manual_seed((self.config.seed << 32) + step)  # dropout
         answers = None if self.teacher is None else self.teacher.answer(x, view, positions)
         training_mode(module, self.batch_norm)
         loss = self.objective(as_outputs(module(x)), answers, y)
+        hooks = self.hooks if module is self.student else Hooks()
+        with torch.no_grad():
+            hooks.after_forward(step, x)
+        loss = hooks.penalised(loss, step)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         norm = nn.utils.clip_grad_norm_(module.parameters(), self.config.clip_norm)
@@ -195,6 +204,8 @@ class _Run:
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
+        with torch.no_grad():
+            hooks.after_step(step, x)
         if self.average is not None and module is self.student:
             decay = min(self.config.ema or 0.0, (1 + step) / (10 + step))
             for mean, now in zip(self.average.values(), self._weights().values(), strict=True):
@@ -212,7 +223,7 @@ class _Run:
     def _back(self, good: dict[str, Any], loss: float) -> None:
         at = self.schedule.step
         if self.history.rollbacks >= MAX_ROLLBACKS:
-            x, _ = self.data.batch(self._positions(at)[0])
+            x, _ = self.data.batch(self.feed.positions(at)[0])
             check_finite(x, self.data)
             raise EdgepruneError(
                 f"training diverged {MAX_ROLLBACKS + 1} times (loss {loss:g} at step {at}); "
@@ -256,7 +267,7 @@ class _Run:
             self.history.selected_step = self.best[1]
             self.student.load_state_dict(self.best[2])
         self.history.steps = self.schedule.step
-        self.history.epochs = self.schedule.step / self.per_epoch
+        self.history.epochs = self.schedule.step / self.feed.per_epoch
         self.history.seconds = self.pace.elapsed()
         self.history.images_per_s = self.schedule.step * self.batch_size / max(self.history.seconds, 1e-9)
         if self.path is not None:
@@ -267,27 +278,18 @@ class _Run:
             self._save(self._state(), done=True)
 
     def _anchor(self) -> None:
-        """Anchor the batch norms where the student is better with its running statistics than with a batch's own: it
-        was refitted. Where it is not, the batch's own are the repair."""
         if self.batch_norm != "train" or not norms(self.student):
             return
         chunks = np.array_split(self.data.order(self.config.seed)[:ANCHOR_SAMPLES], ANCHOR_SAMPLES // 128)
-        running = batch = 0.0
-        inputs = []
+        inputs, losses = [], []
         for positions in (c for c in chunks if len(c) > 1):
             x, y = self.data.batch(positions)
             x = x.to(self.device, memory_format=self.format)
             y = None if y is None else y.to(self.device)
             answers = None if self.teacher is None else self.teacher.ask(x)
-            trial = copy.deepcopy(self.student).eval()
-            with torch.no_grad():
-                running += float(self.objective(as_outputs(trial(x)), answers, y))
-                for norm in norms(trial):
-                    norm.train()
-                batch += float(self.objective(as_outputs(trial(x)), answers, y))
             inputs.append(x)
-        if running < batch:
-            anchor(self.student, inputs)
+            losses.append(lambda value, t=answers, y=y: float(self.objective(as_outputs(value), t, y)))
+        anchor_if_better(self.student, inputs, losses)
 
     # --- how long -----------------------------------------------------------------------------------------------
 
@@ -295,57 +297,45 @@ class _Run:
         config = self.config
         if config.minutes is None:
             epochs = config.epochs if config.epochs is not None else 5
-            steps = max(1, int(config.steps) if config.steps is not None else round(epochs * self.per_epoch))
+            steps = max(1, int(config.steps) if config.steps is not None else round(epochs * self.feed.per_epoch))
             self._remember(steps)
             return steps
-        self._remember(self.per_epoch)  # so that both kinds of step are measured
+        self._remember(self.feed.per_epoch)  # so that both kinds of step are measured
         asked_s, remembered_s = self._step_times()
         self._remember(self.pace.steps((asked_s + (REPEATS - 1) * remembered_s) / REPEATS, remembered_s, None))
         views = self.teacher.views if self.teacher is not None else 0
-        return self.pace.steps(asked_s, remembered_s, views * self.per_epoch if views else None)
+        return self.pace.steps(asked_s, remembered_s, views * self.feed.per_epoch if views else None)
 
     def _remember(self, steps: int) -> None:
         """Decide how many views the original's answers are kept for."""
         if self.teacher is not None:
             views = self.config.teacher_views
             if views is None:
-                views = max(REPEATS, -(-steps // (self.per_epoch * REPEATS)))
-            self.teacher.remember(views if self.augment else 1)
+                views = max(REPEATS, -(-steps // (self.feed.per_epoch * REPEATS)))
+            self.teacher.remember(views if self.feed.augment else 1)
 
     def _step_times(self) -> tuple[float, float]:
-        """Seconds of a step with and without asking the original, medians over a few steps on copies."""
-        module = copy.deepcopy(self.student)
-        optimizer = optimizer_for(module, self.config)
+        """Seconds of a step with and without asking the original, medians over a few steps on copies, or, since hooks
+        belong to their student, on the student and back."""
+        before = self._state() if self.hooks else None
+        module = self.student if self.hooks else copy.deepcopy(self.student)
+        optimizer = self.optimizer if self.hooks else optimizer_for(module, self.config)
+        self.hooks.start(TIMED)
         times: tuple[list[float], list[float]] = ([], [])
-        for i in range(6):
-            step = i % self.per_epoch
+        for i in range(TIMED):
+            step = i % self.feed.per_epoch
             for remembered in (False, True) if self.teacher is not None else (False,):
                 if self.teacher is not None and not remembered:
                     self.teacher.load([])
                 begun = time.monotonic()
-                self._step(module, optimizer, self._load(step).result(), step, 0.0)
+                self._step(module, optimizer, self.feed.load(step).result(), step, 0.0)
                 times[remembered].append(time.monotonic() - begun)
         if self.teacher is not None:
             self.teacher.load([])
+        if before is not None:
+            self._restore(before)
         asked = float(np.median(times[0][1:]))
         return asked, min(asked, float(np.median(times[1][1:]))) if times[1] else asked
-
-    # --- batches ------------------------------------------------------------------------------------------------
-
-    def _positions(self, step: int) -> tuple[np.ndarray, int]:
-        """(the samples of a step, their view)."""
-        epoch, i = divmod(step, self.per_epoch)
-        order = self._order
-        if order is None or order[0] != epoch:
-            order = self._order = (epoch, self.data.order(self.config.seed * 1_000_003 + epoch))
-        view = epoch if self.teacher is None else self.teacher.view_of(epoch)
-        return order[1][i * self.batch_size : (i + 1) * self.batch_size], view
-
-    def _load(self, step: int) -> Future[Batch]:
-        positions, view = self._positions(step)
-        if self._views is None or self._views[0] != view:
-            self._views = (view, self.augment.views(len(self.data), view) if self.augment else None)
-        return self.loader.submit(self.data.raw, positions, self._views[1])
 
     def _outputs(self, module: nn.Module, x: torch.Tensor) -> Outputs:
         with torch.no_grad():
@@ -369,6 +359,7 @@ class _Run:
                 "smoothed": self.smoothed,
                 "first_loss": self.first_loss,
                 "history": self.history.to_dict(),
+                "hooks": self.hooks.state(),
             }
         )
 
@@ -381,6 +372,7 @@ class _Run:
         self.schedule = Schedule(**state["schedule"])
         self.lr_scale, self.smoothed, self.first_loss = state["lr_scale"], state["smoothed"], state["first_loss"]
         self.history = History(**state["history"])
+        self.hooks.load(state["hooks"])
         if self.teacher is not None and "teacher" in state:
             self.teacher.views = state["views"]
             self.teacher.load(state["teacher"])

@@ -52,10 +52,12 @@ def training_mode(module: nn.Module, batch_norm: str) -> None:
                 child.eval()
 
 
-def identity_of(student: nn.Module, teacher: nn.Module | None, data: DataSet, config: TrainConfig) -> str:
+def identity_of(
+    student: nn.Module, teacher: nn.Module | None, data: DataSet, config: TrainConfig, hooks: str = ""
+) -> str:
     """Of a run: a checkpoint with another one is not gone on with. The student counts by its shapes (its weights are
-    in the checkpoint), the original by its weights."""
-    digest = hashlib.sha256(config.digest().encode())
+    in the checkpoint), the original by its weights. hooks: all that decides what they do."""
+    digest = hashlib.sha256(f"{config.digest()}{hooks}".encode())
     for name, tensor in student.state_dict().items():
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
     for name, tensor in teacher.state_dict().items() if teacher is not None else ():
