@@ -18,7 +18,7 @@ from edgeprune.graph.fold import fold
 from edgeprune.graph.lift import lift
 from edgeprune.graph.load import load
 from edgeprune.graph.network import Network
-from edgeprune.methods import selector_name
+from edgeprune.methods import planner_name, selector_name
 from edgeprune.pipeline import job as jobs
 from edgeprune.pipeline import workdir
 from edgeprune.pipeline.budget import parse_budget
@@ -72,6 +72,7 @@ def compress(
     threads: int | None = None,
     normalize: str | None = None,
     method: str | None = None,
+    planner: str | None = None,
     images: int = 1024,
     minutes: float | None = None,
     epochs: float | None = None,
@@ -86,6 +87,7 @@ def compress(
     data:        a folder of images, an .npz, "file.py:function", arrays, or any iterable of batches; labels optional
     test:        labelled data for the figures only
     method:      which channels: a key of ``edgeprune.methods.SELECTORS`` (default: the best for what there is)
+    planner:     how much of everything is decided: a key of ``edgeprune.methods.PLANNERS`` (default: exact)
     images:      calibration images
     minutes, epochs: length of the recovery training (default: 10 minutes; 0 is none)
     out:         directory for the deliverables and for what lets the same call go on after an interruption
@@ -95,6 +97,7 @@ def compress(
     """
     budget, network = parse_budget(latency), _network(model, input_shape)
     method = selector_name(method, data is not None)
+    planner = planner_name(planner, data is not None)
     if minutes is not None and epochs is not None:
         raise UsageError("--minutes and --epochs exclude each other; give one of them")
     if images < 1:
@@ -121,6 +124,7 @@ def compress(
         data=None if data is None else open_data(data, shape, mean=mean, std=std),
         test=None if test is None else open_data(test, shape, mean=mean, std=std),
         method=method,
+        planner=planner,
         images=images,
         recovery=_recovery(minutes, epochs, seed),
         seed=seed,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune import __version__
-from edgeprune.errors import BudgetMissedError, EdgepruneError, UsageError
+from edgeprune.errors import BudgetMissedError, EdgepruneError
 
 EXIT_CODES = """exit codes:
   0  done                              6  the target is unknown or does not answer
@@ -112,6 +112,7 @@ def _add_compress(commands: Any) -> None:
     parser.add_argument("--test", metavar="SPEC", help="labelled images that are used for nothing but the final figure")
     parser.add_argument("--normalize", metavar="M,M,M/S,S,S", help="imagenet, none (default), or means/deviations")
     parser.add_argument("--method", help="which channels: cap (default), taylor, magnitude (default without --data)")
+    parser.add_argument("--planner", help="what decides how much of everything stays (default: exact)")
     parser.add_argument("--images", type=int, default=1024, help="calibration images (default: 1024)")
     parser.add_argument("--minutes", type=float, help="time for recovery training (default: 10; 0: none)")
     parser.add_argument("--epochs", type=float, help="passes of recovery training, instead of --minutes")
@@ -171,8 +172,6 @@ def _load(options: argparse.Namespace) -> Any:
 def _compress(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from edgeprune.progress import Progress
 
-    if options.minutes is not None and options.epochs is not None:
-        raise UsageError("--minutes and --epochs exclude each other; give one of them")
     shown = Progress()
     missed: dict[str, Any] = {}
     try:
@@ -199,6 +198,7 @@ def _compressed(options: argparse.Namespace, shown: Callable[[float, float, str]
         test=options.test,
         normalize=options.normalize,
         method=options.method,
+        planner=options.planner,
         images=options.images,
         minutes=options.minutes,
         epochs=options.epochs,

@@ -18,7 +18,7 @@ ALLOWED = {
     "prune": {"graph", "plan", "errors"},
     "train": {"graph", "plan", "errors"},
     "deploy": {"graph", "latency", "plan", "errors"},
-    "methods": {"prune", "errors"},
+    "methods": {"prune", "plan", "errors"},
     "pipeline": {"methods", "prune", "train", "deploy", "graph", "latency", "device", "plan", "errors"},
     "api": {
         "pipeline",

@@ -63,6 +63,7 @@ class Report:
     target:        name, runtime and fingerprint of the device that measured
     widths:        group -> (units kept, units it had); groups that kept all are left out
     removed:       names of the removed blocks
+    method, planner: how channels were ranked, and what decided how much of everything stays
     gap:           proven relative gap of the plan, None if it was not planned by the exact solver
     seconds:       duration by stage
     warnings:      what the user should know
@@ -85,6 +86,8 @@ class Report:
     untrained_accuracy: float | None = None
     agreement: float | None = None
     output_error: float | None = None
+    method: str | None = None
+    planner: str | None = None
     gap: float | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
     warnings: Sequence[str] = ()

@@ -19,7 +19,7 @@ from edgeprune.errors import UsageError
 from edgeprune.graph.fold import denormals, fold
 from edgeprune.graph.network import Network
 from edgeprune.latency.networks import Timings
-from edgeprune.methods import SELECTORS
+from edgeprune.methods import PLANNERS, SELECTORS
 from edgeprune.pipeline import workdir
 from edgeprune.pipeline.budget import Budget
 from edgeprune.pipeline.certificate import certify
@@ -42,6 +42,7 @@ class Job:
     """What is asked.
 
     method:   which channels, a key of ``methods.SELECTORS``
+    planner:  how much of everything, a key of ``methods.PLANNERS``
     data:     images for selection, refitting and training; None: selection looks at the weights alone
     test:     labelled images for the figures only; without it a tenth of ``data`` is held out for them
     images:   how many of ``data`` calibrate selection and refitting
@@ -53,6 +54,7 @@ class Job:
     budget: Budget
     target: Target
     method: str
+    planner: str = "exact"
     data: DataSet | None = None
     test: DataSet | None = None
     images: int = 1024
@@ -107,10 +109,11 @@ def run(job: Job, pricing: Pricing, progress: Callback) -> Outcome:
     with clock("shrink"):
         shrunk = workdir.recall(job.folder, key, original) if job.folder else None
         if shrunk is None:
-            judge = Judge(original, SELECTORS[job.method], calibration, progress)
+            judge = Judge(original, SELECTORS[job.method].function, calibration, progress)
             shrunk = shrink(
-                original, original_ms, budget_ms, pricing, judge.judge, judge.repair, pricing.clock, progress
-            )
+                original, original_ms, budget_ms, pricing, judge.judge, judge.repair, pricing.clock, progress,
+                PLANNERS[job.planner].function,
+            )  # fmt: skip
             if job.folder:
                 workdir.store(job.folder, key, shrunk)
     network = shrunk.network.copy()
@@ -162,6 +165,7 @@ def _options(job: Job, pricing: Pricing) -> dict[str, Any]:
         "budget": job.budget.text,
         "fingerprint": pricing.fingerprint,
         "method": job.method,
+        "planner": job.planner,
         "images": job.images,
         "seed": job.seed,
         "data": None if job.data is None else [job.data.name, len(job.data)],

@@ -110,7 +110,7 @@ def build_problem(
     constant_ms: float,
     rankings: Mapping[str, Ranking],
     block_damage: Mapping[str, float],
-    budget_ms: float,
+    budget_ms: float = 0.0,
 ) -> Problem:
     """latency_ms: calibrated milliseconds of one kernel; constant_ms: what the network costs beside its kernels.
 

@@ -57,6 +57,8 @@ class Compression:
             untrained_accuracy=accuracy["shrunk"],
             agreement=outcome.similarity["agreement"],
             output_error=outcome.similarity["output_error"],
+            method=job.method,
+            planner=job.planner,
             gap=max((p.gap for p in shrunk.recipe.steps if p.gap is not None), default=None),
             seconds={k: round(v, 2) for k, v in outcome.seconds.items()},
             warnings=outcome.warnings,

@@ -20,8 +20,8 @@ from edgeprune.pipeline.apply import State, advance
 from edgeprune.pipeline.fit import Attempt, fit
 from edgeprune.pipeline.problem import Widths, build_problem
 from edgeprune.pipeline.spans import Anatomy, dissect
-from edgeprune.plan.exact import smallest, solve
-from edgeprune.plan.problem import Plan, Problem, Ranking, Recipe
+from edgeprune.plan.exact import evaluate, exact, smallest
+from edgeprune.plan.problem import Plan, Planner, Problem, Ranking, Recipe, Trials
 
 ROUND_SHARE = 0.85  # a round leaves at least about this share of the latency it starts with
 
@@ -41,10 +41,12 @@ class Prices(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """What can be cut and what it costs: a ranking per group name, a damage per block name."""
+    """What can be cut and what it costs: a ranking per group name, a damage per block name, and trials of moves on the
+    judged network where it can be tried at all."""
 
     rankings: Mapping[str, Ranking]
     block_damage: Mapping[str, float]
+    trials: Trials | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,11 +71,13 @@ def shrink(
     repair: Callable[[State], Network],
     clock: Callable[[Network], float],
     progress: Callable[[float, float, str], None],
+    planner: Planner = exact,
 ) -> Shrunk:
     """Cut ``original`` until ``clock`` (ms of a network timed whole) is within ``budget_ms``.
 
     judge:  (what was done so far, anatomy and candidates of its network) -> Judgement against the original's outputs
     repair: what was done so far -> its network with weights refitted to the original's responses
+    planner: decides how much of everything, once in every round; every attempt of the last one asks the same plans
     Raises BudgetUnreachableError before any other work, BudgetMissedError when no plan measures within the budget.
     """
     anatomy = dissect(original, prices.fusion)
@@ -86,28 +90,24 @@ def shrink(
         progress(step - 1, rounds, "planning")
         judgement = judge(state, anatomy, candidates)
         target_ms = original_ms * (budget_ms / original_ms) ** (step / rounds) / correction
-        plan = solve(_problem(anatomy, candidates, prices, judgement, target_ms))
+        plan = planner(_problem(anatomy, candidates, prices, judgement), judgement.trials)(target_ms)
         state = advance(state, plan, judgement.rankings)
         state = replace(state, network=repair(state))
         anatomy = dissect(state.network, prices.fusion)
         candidates = prices.prepare(anatomy)
     progress(rounds - 1, rounds, "planning")
     judgement = judge(state, anatomy, candidates)
+    problem = _problem(anatomy, candidates, prices, judgement)
 
     def measure(plan: Plan) -> float:
         return clock(advance(state, plan, judgement.rankings).network)
 
-    fitted = fit(
-        lambda asked_ms: solve(_problem(anatomy, candidates, prices, judgement, asked_ms)),
-        measure,
-        budget_ms,
-        correction=correction,
-    )
+    fitted = fit(planner(problem, judgement.trials), measure, budget_ms, correction=correction)
     state = advance(state, fitted.plan, judgement.rankings)
     return Shrunk(
         state.recipe,
         repair(state),
-        float(fitted.plan.predicted_ms or 0.0) * correction / original_ms,
+        evaluate(problem, fitted.plan.widths, fitted.plan.removed)[0] * correction / original_ms,
         fitted.measured_ms,
         rounds,
         fitted.attempts,
@@ -119,9 +119,7 @@ def predicted_ms(anatomy: Anatomy, prices: Prices) -> float:
     return prices.constant_ms() + math.fsum(prices.kernel_ms(span.at(span.full)) for span in anatomy.spans)
 
 
-def _problem(
-    anatomy: Anatomy, candidates: Sequence[Widths], prices: Prices, judgement: Judgement, budget_ms: float
-) -> Problem:
+def _problem(anatomy: Anatomy, candidates: Sequence[Widths], prices: Prices, judgement: Judgement) -> Problem:
     return build_problem(
         anatomy,
         candidates,
@@ -129,7 +127,6 @@ def _problem(
         prices.constant_ms(),
         judgement.rankings,
         judgement.block_damage,
-        budget_ms,
     )
 
 
@@ -138,7 +135,7 @@ def _refuse_unreachable(
 ) -> None:
     free = {g.name: Ranking.free(g.size) for g in anatomy.channels.groups}
     nothing = Judgement(free, {b.name: 0.0 for b in anatomy.blocks})
-    floor_ms = smallest(_problem(anatomy, candidates, prices, nothing, 0.0))
+    floor_ms = smallest(_problem(anatomy, candidates, prices, nothing))
     floor_ms *= original_ms / predicted_ms(anatomy, prices)
     if floor_ms > budget_ms:
         raise BudgetUnreachableError(

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import numpy as np
 
@@ -23,7 +24,7 @@ from edgeprune.plan.eliminate import Elimination, TooWideError
 from edgeprune.plan.factors import Model, build
 from edgeprune.plan.improve import Improver
 from edgeprune.plan.milp import solve_milp
-from edgeprune.plan.problem import Plan, Problem
+from edgeprune.plan.problem import Plan, Plans, Problem, Trials
 
 EASY = 3000  # cells that the integer programme takes in its stride
 SCATTER = 24  # attempts at a better plan where more than that are left
@@ -73,6 +74,17 @@ def _smallest(problem: Problem, model: Model) -> tuple[float, np.ndarray]:
     return Improver(problem, model).latency(states), states
 
 
+def exact(problem: Problem, trials: Trials | None = None) -> Plans:
+    """The planner of this module: by the problem's additive damages alone, nothing is tried. Widths and blocks."""
+    model = build(problem)
+
+    def plan(budget_ms: float) -> Plan:
+        asked = replace(problem, budget_ms=budget_ms)
+        return _Search(asked, 5e-4, 15.0, 1, replace(model, budget_ms=budget_ms)).run()
+
+    return plan
+
+
 def solve(problem: Problem, *, gap: float = 5e-4, time_limit_s: float = 15.0, threads: int = 1) -> Plan:
     """The plan of least damage within ``problem.budget_ms``, as ``Plan(widths, removed, predicted_ms, damage, gap)``.
 
@@ -83,10 +95,12 @@ def solve(problem: Problem, *, gap: float = 5e-4, time_limit_s: float = 15.0, th
 
 
 class _Search:
-    def __init__(self, problem: Problem, gap: float, time_limit_s: float, threads: int) -> None:
+    def __init__(
+        self, problem: Problem, gap: float, time_limit_s: float, threads: int, model: Model | None = None
+    ) -> None:
         self.deadline = time.perf_counter() + time_limit_s
         self.problem, self.gap, self.threads = problem, gap, threads
-        self.model = build(problem)
+        self.model = build(problem) if model is None else model
         self.improver = Improver(problem, self.model)
         self.floor = 1e-9 * max((float(d.max()) for d in self.model.damage), default=0.0)
         self.limit_ms = problem.budget_ms * (1 + SLACK) if problem.budget_ms > 0 else problem.budget_ms

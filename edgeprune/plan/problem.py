@@ -1,4 +1,4 @@
-"""What a planner is asked and what it answers: Ranking, Problem, Plan, Recipe. No torch here.
+"""What a planner is asked and what it answers: Ranking, Problem, Trials, Plan, Recipe. No torch here.
 
 Words
     group    channels that must be cut together; a *unit* of a group is the smallest set that can go on its own
@@ -11,9 +11,9 @@ Words
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -108,6 +108,38 @@ class Plan:
     predicted_ms: float | None = None
     damage: float | None = None
     gap: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """One step down: the group ``name`` to ``width`` units, or, with width None, the block ``name`` taken out."""
+
+    name: str
+    width: int | None = None
+
+
+class Trials(Protocol):
+    """Moves tried on the network itself, each on top of all that were accepted so far, on calibration data only.
+
+    The channels of a width are those of the group's ranking, and the layers that read it get their best weights.
+    """
+
+    def layer_error(self, move: Move) -> float:
+        """How far the outputs of the layers that read what the move changes are from the original's: the Frobenius norm
+        of the difference over that of the original's values, summed over these layers."""
+
+    def output_error(self, move: Move) -> float:
+        """How much the error of the network's final output grows with the move; negative where the move helps."""
+
+    def accept(self, move: Move) -> None:
+        """Take the move for good: later ones are tried on top of it."""
+
+    def restart(self) -> None:
+        """Forget what was accepted."""
+
+
+Plans = Callable[[float], Plan]  # budget in ms -> the plan within it; raises BudgetUnreachableError
+Planner = Callable[[Problem, Trials | None], Plans]  # the problem's own budget_ms means nothing to it
 
 
 @dataclass(frozen=True, slots=True)

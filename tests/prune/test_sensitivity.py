@@ -34,7 +34,7 @@ def judge(network):
 def test_every_method_ranks_every_group(network, method, data):
     channels = analyse(network)
     judge = Judge(network, network, [images(64)])
-    rankings = rank_groups(judge, channels, SELECTORS[method], data_free=not data)
+    rankings = rank_groups(judge, channels, SELECTORS[method].function, data_free=not data)
     assert set(rankings) == {g.name for g in channels.groups}
     for group in channels.groups:
         ranking = rankings[group.name]

@@ -21,6 +21,6 @@ def test_filters_nobody_listens_to_go_first(method):
     with torch.no_grad():
         module[2].weight[:, [1, 6]] = 0
     network = lift(module, [(1, 3, 8, 8)])
-    ranking = rank_groups(Judge(network, network, [images(64)]), analyse(network), SELECTORS[method])["0"]
+    ranking = rank_groups(Judge(network, network, [images(64)]), analyse(network), SELECTORS[method].function)["0"]
     assert set(ranking.order[-2:].tolist()) == {1, 6}
     assert ranking.damage[6] < 1e-9 < ranking.damage[5]
