@@ -7,8 +7,12 @@ from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
 from edgeprune.errors import UsageError
+from edgeprune.plan.capsearch import cap_search
 from edgeprune.plan.exact import exact
+from edgeprune.plan.flops import flops
+from edgeprune.plan.greedy import hbgs, hbgts
 from edgeprune.plan.problem import Planner
+from edgeprune.plan.uniform import uniform
 from edgeprune.prune.select.cap import cap
 from edgeprune.prune.select.curve import Selector
 from edgeprune.prune.select.magnitude import magnitude
@@ -55,6 +59,26 @@ PLANNERS: dict[str, Method[Planner]] = {
     "exact": Method(
         exact, "nothing", "widths and blocks", 0.1,
         "least summed damage within the budget, with a proven gap", "here",
+    ),
+    "hbgs": Method(
+        hbgs, "unlabelled data", "widths and blocks", 2.0,
+        "move by move, least error of the layers next to it per millisecond", "Purohit et al. 2024",
+    ),
+    "hbgts": Method(
+        hbgts, "unlabelled data", "widths and blocks", 2.0,
+        "move by move, least error of the final output per millisecond", "Purohit et al. 2024",
+    ),
+    "cap": Method(
+        cap_search, "unlabelled data", "widths", 2.0,
+        "one tolerance for what every layer may lose, by bisection", "Xie et al. 2021",
+    ),
+    "uniform": Method(
+        uniform, "nothing", "widths", 0.1,
+        "one share for all groups; a baseline", "Howard et al. 2017",
+    ),
+    "flops": Method(
+        flops, "nothing", "widths and blocks", 0.1,
+        "exact, but on multiply-adds in place of milliseconds; a baseline", "here",
     ),
 }  # fmt: skip
 

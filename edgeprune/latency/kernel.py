@@ -8,6 +8,7 @@ table. Its text key is stable and readable:
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, replace
 from urllib.parse import quote, unquote
@@ -90,6 +91,26 @@ class Site:
     inputs: tuple[str, ...]
     output: str
     anchor_output: str
+
+
+def multiply_adds(kernel: Kernel) -> int:
+    """Multiply-accumulates of a convolution or matrix product, 0 of anything else, as papers count. They say nothing
+    about its latency."""
+    if not kernel.inputs:
+        return 0
+    first = kernel.inputs[0]
+    if kernel.op in ("Conv", "ConvTranspose"):
+        group = kernel.attr("group", "1")
+        per_group = 1 if group == "dw" else first[1] // int(group)
+        taps = math.prod(int(v) for v in re.split("[x,]", kernel.attr("kernel_shape")))
+        if kernel.op == "Conv":
+            return math.prod(kernel.output) * per_group * taps
+        return math.prod(first) * (kernel.output[1] * per_group // first[1]) * taps
+    if kernel.op == "Gemm":
+        return math.prod(kernel.output) * (first[0] if kernel.attr("transA", "0") == "1" else first[-1])
+    if kernel.op == "MatMul":
+        return math.prod(kernel.output) * (first[-2] if kernel.attr("c0") and len(first) > 1 else first[-1])
+    return 0
 
 
 def shape_text(shape: Shape) -> str:

@@ -84,13 +84,13 @@ class Outcome:
 
 def run(job: Job, pricing: Pricing, progress: Callback) -> Outcome:
     """Compress ``job.network``. Raises every error of the tree in errors.py but UsageError for options."""
-    clock = _Stopwatch()
+    clock, planner = _Stopwatch(), PLANNERS[job.planner]
     warnings: list[str] = []
     original = job.network
     original.module.eval()
     training, held_out = _splits(job)
     accuracy = {"original": _accuracy(original, held_out)}
-    calibration = _calibration(training, job.images, job.seed)
+    calibration, labels = _calibration(training, job.images, job.seed)
     key = workdir.digest(original, _options(job, pricing), calibration[:1])
     with clock("export"):
         original_onnx = to_onnx(fold(original)).SerializeToString()
@@ -109,10 +109,10 @@ def run(job: Job, pricing: Pricing, progress: Callback) -> Outcome:
     with clock("shrink"):
         shrunk = workdir.recall(job.folder, key, original) if job.folder else None
         if shrunk is None:
-            judge = Judge(original, SELECTORS[job.method].function, calibration, progress)
+            judge = Judge(original, SELECTORS[job.method].function, calibration, progress, labels)
             shrunk = shrink(
                 original, original_ms, budget_ms, pricing, judge.judge, judge.repair, pricing.clock, progress,
-                PLANNERS[job.planner].function,
+                planner.function, planner.decides != "widths",
             )  # fmt: skip
             if job.folder:
                 workdir.store(job.folder, key, shrunk)
@@ -154,10 +154,11 @@ def _training_key(config: TrainConfig, shrunk: Shrunk, data: DataSet) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _calibration(data: DataSet | None, images: int, seed: int) -> list[torch.Tensor]:
-    if data is None:
-        return []
-    return [x for x, _ in data.batches(64, shuffle_seed=seed, limit=images)]
+def _calibration(data: DataSet | None, images: int, seed: int) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+    """Inputs in batches, and the classes of all of them if they are known."""
+    batches = [] if data is None else list(data.batches(64, shuffle_seed=seed, limit=images))
+    labels = [y for _, y in batches if y is not None]
+    return [x for x, _ in batches], torch.cat(labels) if labels else None
 
 
 def _options(job: Job, pricing: Pricing) -> dict[str, Any]:

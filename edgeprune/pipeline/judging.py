@@ -24,11 +24,20 @@ PROBES = 3  # widths of a group that are measured; between them its local curve 
 
 
 class Judge:
-    """Judges and repairs cuts of ``original`` by its responses to ``batches`` ((n, ...) inputs, no labels). Without
-    batches selection looks at the weights, and nothing is repaired."""
+    """Judges and repairs cuts of ``original`` by its responses to ``batches`` ((n, ...) inputs). Without batches
+    selection looks at the weights, and nothing is repaired. ``labels``: the classes of all inputs, in order; planners
+    that try moves at the network's end go by them where there are any."""
 
-    def __init__(self, original: Network, selector: Selector, batches: Sequence[torch.Tensor], progress: Callback):
+    def __init__(
+        self,
+        original: Network,
+        selector: Selector,
+        batches: Sequence[torch.Tensor],
+        progress: Callback,
+        labels: torch.Tensor | None = None,
+    ):
         self.original, self.selector, self.batches, self.progress = original, selector, batches, progress
+        self.labels = labels
 
     def judge(self, state: State, anatomy: Anatomy, candidates: Sequence[Widths]) -> Judgement:
         found = assess(
@@ -39,6 +48,7 @@ class Judge:
             self.batches or None,
             self.selector,
             kept=self._kept(state),
+            labels=self.labels,
             widths={
                 group.name: _probes(widths)
                 for group, widths in zip(anatomy.channels.groups, candidates, strict=True)
@@ -47,7 +57,7 @@ class Judge:
             images=min(256, max(64, sum(map(len, self.batches)) // 4)),
             progress=lambda share: self.progress(share, 1.0, "judging channels and blocks"),
         )
-        return Judgement(found.rankings, found.blocks)
+        return Judgement(found.rankings, found.blocks, found.trials)
 
     def repair(self, state: State) -> Network:
         if not self.batches:

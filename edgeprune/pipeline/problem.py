@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from edgeprune.latency.kernel import Kernel
+from edgeprune.latency.kernel import Kernel, multiply_adds
 from edgeprune.pipeline.spans import Anatomy, Span
 from edgeprune.plan.problem import Axis, BlockChoice, GroupChoice, Problem, Ranking, Term
 
@@ -127,11 +127,13 @@ def build_problem(
         block = anatomy.group_blocks[i]
         home = block_index.get(block) if block is not None else None
         groups.append(GroupChoice(group.name, widths[i], tuple(float(damage[w]) for w in widths[i]), home))
-    terms = [Term("overhead", (), {(): constant_ms})]
+    terms = [Term("overhead", (), {(): constant_ms}, macs={(): 0})]
     for span in anatomy.spans:
-        table = {counts: latency_ms(span.at(counts)) for counts in _counts(span, widths)}
+        kernels = {counts: span.at(counts) for counts in _counts(span, widths)}
+        table = {counts: latency_ms(kernel) for counts, kernel in kernels.items()}
+        macs = {counts: multiply_adds(kernel) for counts, kernel in kernels.items()}
         home = block_index.get(span.block) if span.block is not None else None
-        terms.append(Term(span.name, span.variables, table, home))
+        terms.append(Term(span.name, span.variables, table, home, macs))
     return Problem(
         tuple(groups), tuple(BlockChoice(name, block_damage[name]) for name in blocks), tuple(terms), budget_ms
     )

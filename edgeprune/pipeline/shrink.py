@@ -72,17 +72,19 @@ def shrink(
     clock: Callable[[Network], float],
     progress: Callable[[float, float, str], None],
     planner: Planner = exact,
+    removes_blocks: bool = True,
 ) -> Shrunk:
     """Cut ``original`` until ``clock`` (ms of a network timed whole) is within ``budget_ms``.
 
     judge:  (what was done so far, anatomy and candidates of its network) -> Judgement against the original's outputs
     repair: what was done so far -> its network with weights refitted to the original's responses
     planner: decides how much of everything, once in every round; every attempt of the last one asks the same plans
+    removes_blocks: whether the planner does
     Raises BudgetUnreachableError before any other work, BudgetMissedError when no plan measures within the budget.
     """
     anatomy = dissect(original, prices.fusion)
     candidates = prices.prepare(anatomy)
-    _refuse_unreachable(anatomy, candidates, prices, original_ms, budget_ms)
+    _refuse_unreachable(anatomy, candidates, prices, original_ms, budget_ms, removes_blocks)
     rounds = max(1, math.ceil(math.log(budget_ms / original_ms) / math.log(ROUND_SHARE) - 0.2))
     correction = original_ms / predicted_ms(anatomy, prices)
     state = State(original)
@@ -131,15 +133,22 @@ def _problem(anatomy: Anatomy, candidates: Sequence[Widths], prices: Prices, jud
 
 
 def _refuse_unreachable(
-    anatomy: Anatomy, candidates: Sequence[Widths], prices: Prices, original_ms: float, budget_ms: float
+    anatomy: Anatomy,
+    candidates: Sequence[Widths],
+    prices: Prices,
+    original_ms: float,
+    budget_ms: float,
+    removes_blocks: bool,
 ) -> None:
     free = {g.name: Ranking.free(g.size) for g in anatomy.channels.groups}
-    nothing = Judgement(free, {b.name: 0.0 for b in anatomy.blocks})
+    nothing = Judgement(free, {b.name: 0.0 for b in anatomy.blocks if removes_blocks})
     floor_ms = smallest(_problem(anatomy, candidates, prices, nothing))
     floor_ms *= original_ms / predicted_ms(anatomy, prices)
     if floor_ms > budget_ms:
+        share = 100 * floor_ms / original_ms
         raise BudgetUnreachableError(
-            f"no plan reaches {budget_ms:.4g} ms: all blocks removed and all groups at their narrowest, the network "
-            f"still takes {floor_ms:.4g} ms ({100 * floor_ms / original_ms:.0f}% of {original_ms:.4g} ms); "
-            f"ask for --latency {math.ceil(100 * floor_ms / original_ms) + 1}% or more"
+            f"no plan reaches {budget_ms:.4g} ms: all blocks {'removed' if removes_blocks else 'kept'} and all groups "
+            f"at their narrowest, the network still takes {floor_ms:.4g} ms ({share:.0f}% of {original_ms:.4g} ms); "
+            f"ask for --latency {math.ceil(share) + 1}% or more"
+            + ("" if removes_blocks else ", or use --planner exact, which removes blocks")
         )

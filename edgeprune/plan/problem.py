@@ -77,12 +77,14 @@ class BlockChoice:
 @dataclass(frozen=True, slots=True)
 class Term:
     """One kernel. ``axes`` holds 0, 1 or 2 axes; ``latency_ms`` maps their channel counts (a tuple of the same
-    length) to milliseconds, complete over all counts that the candidate widths can produce."""
+    length) to milliseconds, complete over all counts that the candidate widths can produce. ``macs``: the same counts
+    to multiply-adds, where they are known."""
 
     name: str
     axes: tuple[Axis, ...]
     latency_ms: Mapping[tuple[int, ...], float]
     block: int | None = None
+    macs: Mapping[tuple[int, ...], float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,8 +133,8 @@ class Trials(Protocol):
     def output_error(self, move: Move) -> float:
         """How much the error of the network's final output grows with the move; negative where the move helps."""
 
-    def accept(self, move: Move) -> None:
-        """Take the move for good: later ones are tried on top of it."""
+    def accept(self, *moves: Move) -> None:
+        """Take moves for good: later ones are tried on top of them."""
 
     def restart(self) -> None:
         """Forget what was accepted."""

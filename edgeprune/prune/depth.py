@@ -39,19 +39,19 @@ def block_damage(
     try:
         for step in range(min(steps, len(left))):
             fits = find_fits(judge.reference.program, judge.program)
-            best: tuple[float, str, Program] | None = None
+            best: tuple[float, str, Program, set[str]] | None = None
             for name in sorted(left, key=lambda n: price.get(n, 0.0)):
                 if best is not None and name in price and price[name] >= best[0]:
                     continue  # it was dearer with more blocks in, and only grows
-                trial, error = _without(judge, left[name], fits, repair)
-                price[name] = error - judge.divergence
+                trial, changed = without_block(judge, left[name], fits, repair)
+                price[name] = judge.error(trial, changed) - judge.divergence
                 if best is None or price[name] < best[0]:
-                    best = (price[name], name, trial)
+                    best = (price[name], name, trial, changed)
             assert best is not None
             damage[best[1]] = max(best[0], TINY, *damage.values())
             del left[best[1]]
             if left and step + 1 < steps:
-                judge.settle(best[2])
+                judge.settle(*best[2:])
     finally:
         if judge.program is not start:
             judge.settle(start)
@@ -59,11 +59,12 @@ def block_damage(
     return damage | {name: max(price[name], floor) for name in left}
 
 
-def _without(judge: Judge, block: Block, fits: Sequence[Fit], repair: bool) -> tuple[Program, float]:
-    """The program without the block, locally repaired, and its output error."""
+def without_block(judge: Judge, block: Block, fits: Sequence[Fit], repair: bool = True) -> tuple[Program, set[str]]:
+    """The judge's program without the block, locally repaired, and the nodes that now give other values for the same
+    inputs. fits: ``find_fits`` of the judge's program."""
     program = judge.program.without(block)
     if not repair:
-        return program, judge.error(program, {block.join})
+        return program, {block.join}
     now = find_fits(judge.reference.program, program)
     aims = {f.node: f.aim for f in fits}
     affected = [f for f in now if aims[f.node] != f.aim]
@@ -82,5 +83,4 @@ def _without(judge: Judge, block: Block, fits: Sequence[Fit], repair: bool) -> t
         rows=ROWS,
         quick=True,
     )
-    trial = program.exchanged(modules)
-    return trial, judge.error(trial, changed)
+    return program.exchanged(modules), changed

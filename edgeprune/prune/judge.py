@@ -30,7 +30,8 @@ MIN_IMAGES = 16
 class Judge:
     """original, current: the network before and after the cuts made so far. ``images`` bounds the calibration images
     that are used, both halves together; fewer are if ``trials`` runs of half the network would take too long or too
-    much memory. A single image serves as both halves."""
+    much memory. A single image serves as both halves. ``labels`` ((n,) classes of all images of ``batches``, in order)
+    are kept for those that are measured, and used by nothing here."""
 
     def __init__(
         self,
@@ -41,6 +42,7 @@ class Judge:
         images: int = 256,
         trials: int = 100,
         kept: Kept | None = None,
+        labels: Tensor | None = None,
     ) -> None:
         program = Program(current)
         sizes = sizes_of(program)
@@ -50,19 +52,24 @@ class Judge:
         images = int(max(MIN_IMAGES, min(images, by_memory, by_work)))
         together = as_batches(batches, original, images)
         self.fitting, self.batches = _halves(together)
+        first = sum(len(inputs[0]) for inputs in self.fitting) if self.fitting is not self.batches else 0
+        measured = sum(len(inputs[0]) for inputs in self.batches)
+        self.labels = None if labels is None else labels[first : first + measured]
         self.reference = Reference(Program(original), self.fitting)
         self.expected = outputs(self.reference.program, self.batches)
         self.kept = kept
         self.settle(program)
 
-    def settle(self, program: Program) -> None:
-        """Make ``program`` what changes are compared with."""
+    def settle(self, program: Program, changed: Collection[str] = ()) -> None:
+        """Make ``program`` what changes are compared with. changed: its nodes that give other values than the present
+        program's for the same inputs, where they are known: what lies before them is not computed again."""
+        known, fit_known = (self.known_before(changed, fitting) if changed else {} for fitting in (False, True))
         self.program = program
         self.order = program.order
         names = [n for n in self.kept_nodes if n in self.order]
         with torch.no_grad():
-            values = run(program, self.batches, [*names, program.output.name])
-            self.fit_checkpoints: Values = run(program, self.fitting, names) if names else {}
+            values = run(program, self.batches, [*names, program.output.name], known)
+            self.fit_checkpoints: Values = run(program, self.fitting, names, fit_known) if names else {}
         final = values.pop(program.output.name)
         self.checkpoints: Values = values
         self.divergence = divergence([torch.cat(parts) for parts in zip(*final, strict=True)], self.expected)

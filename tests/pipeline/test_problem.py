@@ -3,12 +3,15 @@ that plan add up to."""
 
 import math
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from edgeprune.graph.count import count
+from edgeprune.graph.fold import fold
 from edgeprune.graph.lift import lift
 from edgeprune.pipeline.apply import apply_plan
 from edgeprune.pipeline.problem import attainable, build_problem, group_candidates, needed_kernels
@@ -106,6 +109,22 @@ def test_planned_latency_is_that_of_the_cut_network(anatomy, seed):
     cut = apply_plan(anatomy.network, Plan(widths, keep=keep))
     concats = any(span.proportional for span in anatomy.spans)
     assert planned == pytest.approx(kernels_ms(cut), rel=0.05 if concats else 1e-9)
+
+
+def macs_only(problem):
+    return replace(problem, terms=tuple(replace(term, latency_ms=term.macs) for term in problem.terms))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_planned_multiply_adds_are_those_of_the_cut_network(anatomy, seed):
+    """Counted on the graph of the cut network, which knows nothing of kernels."""
+    problem, rankings = problem_of(anatomy, 1e9)
+    rng = np.random.default_rng(seed)
+    widths = {g.name: int(rng.integers(1, g.size + 1)) for g in anatomy.channels.groups}
+    planned, _ = evaluate(macs_only(problem), widths)
+    keep = {name: rankings[name].keep(width) for name, width in widths.items()}
+    assert planned == count(fold(apply_plan(anatomy.network, Plan(widths, keep=keep)))).macs
+    assert evaluate(macs_only(problem), {})[0] == count(anatomy.folded).macs
 
 
 def test_removing_a_block_takes_its_kernels_away(anatomy):

@@ -9,6 +9,8 @@ from torch import nn
 
 from edgeprune.errors import BudgetUnreachableError
 from edgeprune.graph.lift import lift
+from edgeprune.methods import PLANNERS, SELECTORS
+from edgeprune.pipeline.judging import Judge
 from edgeprune.pipeline.shrink import Judgement, predicted_ms, shrink
 from edgeprune.pipeline.spans import dissect
 from edgeprune.plan.exact import exact
@@ -20,11 +22,12 @@ class Sizes:
 
     fusion = None
 
-    def __init__(self):
+    def __init__(self, step=1):
         self.asked = 0
+        self.step = step
 
     def prepare(self, anatomy):
-        return [tuple(range(1, g.size + 1)) for g in anatomy.channels.groups]
+        return [tuple(sorted({*range(self.step, g.size, self.step), g.size})) for g in anatomy.channels.groups]
 
     def kernel_ms(self, kernel):
         self.asked += 1
@@ -104,3 +107,50 @@ def test_a_budget_below_the_smallest_network_is_refused_before_judging(network):
     full = predicted_ms(dissect(network), Sizes())
     with pytest.raises(BudgetUnreachableError, match="ask for --latency"):
         shrink(network, full, 0.01 * full, Sizes(), never, never, never, never)
+
+
+class Residual(nn.Module):
+    def __init__(self, gain):
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(8, 12, 3, padding=1), nn.Conv2d(12, 8, 3, padding=1)
+        self.gain = gain
+
+    def forward(self, x):
+        return torch.relu(x + self.gain * self.conv2(torch.relu(self.conv1(x))))
+
+
+@pytest.fixture(scope="module")
+def residual():
+    torch.manual_seed(0)
+    blocks = [Residual(gain) for gain in (0.3, 0.1, 0.5, 0.2, 0.4, 0.6)]
+    layers = [nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), *blocks, nn.Flatten(), nn.Linear(8 * 64, 5)]
+    return lift(nn.Sequential(*layers).eval(), [(1, 3, 8, 8)])
+
+
+@pytest.mark.parametrize("name", PLANNERS)
+def test_every_planner_meets_a_measured_budget_and_keeps_to_what_it_decides(residual, name):
+    full = predicted_ms(dissect(residual), Sizes())
+    planner = PLANNERS[name]
+    batches = [torch.randn(96, 3, 8, 8, generator=torch.Generator().manual_seed(1))]
+    judge = Judge(residual, SELECTORS["cap"].function, batches, lambda *_: None, torch.arange(96) % 5)
+    result = shrink(
+        residual, full, 0.6 * full, Sizes(step=4), judge.judge, judge.repair,
+        lambda cut: 1.05 * predicted_ms(dissect(cut), Sizes()), lambda *_: None, planner.function,
+        planner.decides != "widths",
+    )  # fmt: skip
+    assert 0.7 * 0.6 * full < result.measured_ms <= 0.6 * full
+    assert result.measured_ms == pytest.approx(1.05 * predicted_ms(dissect(result.network), Sizes()))
+    assert any(plan.keep for plan in result.recipe.steps) or result.recipe.removed
+    if planner.decides == "widths":
+        assert result.recipe.removed == ()
+
+
+def test_a_planner_that_keeps_blocks_is_refused_what_needs_them_gone(residual):
+    full = predicted_ms(dissect(residual), Sizes())
+    for removes_blocks, words in ((True, "blocks removed"), (False, "blocks kept.*--planner exact")):
+        with pytest.raises(BudgetUnreachableError, match=words) as caught:
+            shrink(
+                residual, full, 0.02 * full, Sizes(), None, None, None, None, PLANNERS["uniform"].function,
+                removes_blocks,
+            )  # fmt: skip
+        assert "None" not in str(caught.value)
