@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["compress", "export", "inspect", "load", "measure", "profile", "targets"]
+__all__ = ["compress", "export", "inspect", "list_methods", "load", "measure", "profile", "targets"]
 
 if TYPE_CHECKING:
-    from edgeprune.api import compress, export, inspect, load, measure, profile, targets
+    from edgeprune.api import compress, export, inspect, list_methods, load, measure, profile, targets
 
 
 def __getattr__(name: str) -> Any:

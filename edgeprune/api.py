@@ -1,4 +1,5 @@
-"""The verbs, each a page of plain calls: load, profile, compress, export, measure, inspect, targets."""
+"""The verbs, each a page of plain calls: load, profile, compress, export, measure, inspect; what they know: targets,
+list_methods."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from edgeprune import methods
 from edgeprune.deploy.bundle import write_files
 from edgeprune.deploy.export import to_onnx
 from edgeprune.deploy.verify import verify
@@ -18,7 +20,6 @@ from edgeprune.graph.fold import fold
 from edgeprune.graph.lift import lift
 from edgeprune.graph.load import load
 from edgeprune.graph.network import Network
-from edgeprune.methods import planner_name, selector_name
 from edgeprune.pipeline import job as jobs
 from edgeprune.pipeline import workdir
 from edgeprune.pipeline.budget import parse_budget
@@ -31,7 +32,7 @@ from edgeprune.train.config import TrainConfig
 from edgeprune.train.data import open_data
 from edgeprune.train.modules import place
 
-__all__ = ["compress", "export", "inspect", "load", "measure", "profile", "targets"]
+__all__ = ["compress", "export", "inspect", "list_methods", "load", "measure", "profile", "targets"]
 
 Model = nn.Module | Network | str | Path
 Shape = Sequence[int]
@@ -96,8 +97,8 @@ def compress(
     lies above the budget, and the other errors of ``edgeprune.errors``.
     """
     budget, network = parse_budget(latency), _network(model, input_shape)
-    method = selector_name(method, data is not None)
-    planner = planner_name(planner, data is not None)
+    method = methods.selector_name(method, data is not None)
+    planner = methods.planner_name(planner, data is not None)
     if minutes is not None and epochs is not None:
         raise UsageError("--minutes and --epochs exclude each other; give one of them")
     if images < 1:
@@ -196,6 +197,12 @@ def inspect(
         original_ms = pricing.start(to_onnx(anatomy.folded).SerializeToString())
         pricing.measure_as_it_is(anatomy)
         return Inspection.of(anatomy, original_ms, pricing.kernel_ms)
+
+
+def list_methods() -> list[dict[str, Any]]:
+    """What ``compress`` takes as ``method`` and ``planner``: option, name, needs, decides, minutes (typical), summary,
+    source."""
+    return methods.table()
 
 
 def targets() -> list[dict[str, str]]:

@@ -65,6 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_export(commands)
     _add_inspect(commands)
     _add_targets(commands)
+    _add_methods(commands)
     return parser
 
 
@@ -111,8 +112,8 @@ def _add_compress(commands: Any) -> None:
     )
     parser.add_argument("--test", metavar="SPEC", help="labelled images that are used for nothing but the final figure")
     parser.add_argument("--normalize", metavar="M,M,M/S,S,S", help="imagenet, none (default), or means/deviations")
-    parser.add_argument("--method", help="which channels: cap (default), taylor, magnitude (default without --data)")
-    parser.add_argument("--planner", help="what decides how much of everything stays (default: exact)")
+    parser.add_argument("--method", help="which channels (default: cap; without --data magnitude)")
+    parser.add_argument("--planner", help="how much of everything (default: exact); see `edgeprune methods`")
     parser.add_argument("--images", type=int, default=1024, help="calibration images (default: 1024)")
     parser.add_argument("--minutes", type=float, help="time for recovery training (default: 10; 0: none)")
     parser.add_argument("--epochs", type=float, help="passes of recovery training, instead of --minutes")
@@ -159,6 +160,13 @@ def _add_inspect(commands: Any) -> None:
 
 def _add_targets(commands: Any) -> None:
     _command(commands, "targets", _targets, "list the known targets and where they come from", "edgeprune targets")
+
+
+def _add_methods(commands: Any) -> None:
+    _command(
+        commands, "methods", _methods, "list what --method and --planner can be, and what each needs and costs",
+        "edgeprune methods",
+    )  # fmt: skip
 
 
 def _load(options: argparse.Namespace) -> Any:
@@ -255,6 +263,23 @@ def _targets(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     width = max(len(t["name"]) for t in found)
     lines = [f"{t['name']:<{width}}  {t['summary']}  ({t['path']})" for t in found]
     return {"targets": found}, "\n".join(lines)
+
+
+def _methods(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from edgeprune import api
+
+    found = api.list_methods()
+    rows = [{**m, "minutes": f"{m['minutes']:g} min"} for m in found]
+    columns = ("name", "needs", "decides", "minutes", "summary")
+    widths = {c: max(len(row[c]) for row in rows) for c in columns}
+    lines: list[str] = []
+    option = ""
+    for row in rows:
+        if row["option"] != option:
+            option = row["option"]
+            lines += [*([""] if lines else []), f"{option} NAME"]
+        lines.append("  " + "  ".join(f"{row[c]:<{widths[c]}}" for c in columns) + f"  ({row['source']})")
+    return {"methods": found}, "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -100,6 +100,23 @@ def planner_name(name: str | None, data: bool) -> str:
     return _usable(PLANNERS, "planner", name or "exact", data, "tries its moves on images")
 
 
+def table() -> list[dict[str, Any]]:
+    """All methods as plain values; ``option`` says what of ``compress`` takes the name."""
+    return [
+        {
+            "option": option,
+            "name": name,
+            "needs": method.needs,
+            "decides": method.decides,
+            "minutes": method.minutes,
+            "summary": method.summary,
+            "source": method.source,
+        }
+        for option, methods in (("--method", SELECTORS), ("--planner", PLANNERS))
+        for name, method in methods.items()
+    ]
+
+
 def _usable(table: Mapping[str, Method[Any]], option: str, name: str, data: bool, why: str) -> str:
     if name not in table:
         raise UsageError(f"--{option} {name!r} is not known; known {option}s: {', '.join(table)}")

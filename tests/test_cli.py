@@ -112,9 +112,11 @@ def test_a_trained_further_network_exports_again(capsys, place):
 
 def test_without_data_it_still_works_and_says_what_that_costs(capsys, place):
     out = place / "nodata"
-    code, text, _ = run(capsys, "compress", place / "net.pt2", "--latency", "1.5x", "--out", out)
+    code, text, _ = run(capsys, "compress", place / "net.pt2", "--latency", "1.5x", "--planner", "flops", "--out", out)
     assert code in (0, 9), text
     assert "no --data" in text
+    report = json.loads((out / "report.json").read_text())
+    assert (report["method"], report["planner"]) == ("magnitude", "flops")
 
 
 def test_an_unreachable_budget_names_the_smallest_latency(capsys, place):
@@ -159,11 +161,28 @@ def test_targets_lists_the_cpu(capsys):
     assert "cpu" in {t["name"] for t in json.loads(text)["targets"]}
 
 
+def test_methods_lists_what_each_needs(capsys):
+    code, text, _ = run(capsys, "methods", "--json")
+    assert code == 0
+    listed = {(m["option"], m["name"]): m for m in json.loads(text)["methods"]}
+    assert listed["--method", "magnitude"]["needs"] == "nothing"
+    assert listed["--planner", "hbgts"]["needs"] == "unlabelled data"
+    code, text, _ = run(capsys, "methods")
+    assert code == 0
+    lines = text.splitlines()
+    assert [line for line in lines if line.endswith("NAME")] == ["--method NAME", "--planner NAME"]
+    for option, name in listed:
+        after = lines[lines.index(f"{option} NAME") :]
+        assert any(line.split()[:1] == [name] for line in after)
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
         (("compress", "net.pt2", "--latency", "soon"), 2, "10ms"),
         (("compress", "net.pt2", "--latency", "50%", "--method", "luck"), 2, "known methods"),
+        (("compress", "net.pt2", "--latency", "50%", "--planner", "luck"), 2, "known planners"),
+        (("compress", "net.pt2", "--latency", "50%", "--planner", "hbgts"), 2, "--data"),
         (("compress", "net.pt2", "--latency", "50%", "--epochs", "1", "--minutes", "1"), 2, "exclude"),
         (("compress", "net.pt2", "--latency", "50%", "--normalize", "x"), 2, "imagenet"),
         (("compress", "missing.pt", "--latency", "50%"), 3, "missing.pt"),

@@ -1,7 +1,14 @@
+import pathlib
+import re
+
 import pytest
 
+import edgeprune
 from edgeprune.errors import UsageError
-from edgeprune.methods import DATA_FREE, SELECTORS, selector_name
+from edgeprune.methods import DATA_FREE, PLANNERS, SELECTORS, planner_name, selector_name
+
+TABLES = {"--method": SELECTORS, "--planner": PLANNERS}
+PAGE = (pathlib.Path(__file__).resolve().parent.parent / "docs" / "methods.md").read_text()
 
 
 def test_the_default_depends_on_the_data():
@@ -23,3 +30,32 @@ def test_data_free_methods_go_without(name):
 def test_unknown_method():
     with pytest.raises(UsageError, match=f"known methods: {', '.join(SELECTORS)}"):
         selector_name("luck", data=True)
+
+
+def test_planners_are_checked_in_the_same_way():
+    assert planner_name(None, data=False) == planner_name("exact", data=False) == "exact"
+    assert planner_name("hbgts", data=True) == "hbgts"
+    with pytest.raises(UsageError, match="--planner hbgts tries its moves on images; give --data, or use --planner e"):
+        planner_name("hbgts", data=False)
+    with pytest.raises(UsageError, match=f"known planners: {', '.join(PLANNERS)}"):
+        planner_name("luck", data=True)
+
+
+def test_the_list_is_all_there_is():
+    found = edgeprune.list_methods()
+    assert [(m["option"], m["name"]) for m in found] == [(o, n) for o, table in TABLES.items() for n in table]
+    assert {m["needs"] for m in found} <= {"nothing", "unlabelled data", "training"}
+    for method in found:
+        assert 0 < method["minutes"] < 600
+        assert method["source"]
+        assert len(method["summary"]) < 80
+        assert "\n" not in method["summary"]
+
+
+@pytest.mark.parametrize(("option", "name"), [(o, n) for o, table in TABLES.items() for n in table])
+def test_every_method_has_a_section(option, name):
+    heading = f"{name} (planner)" if option == "--planner" and name in SELECTORS else name
+    section = re.search(rf"^### {re.escape(heading)}\n(.*?)(?=^##|\Z)", PAGE, re.M | re.S)
+    assert section, heading
+    for part in ("*Idea.*", "*Source.*", "*Use it*", "*Costs*"):
+        assert part in section[1], f"{heading}: {part}"
