@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["compress", "export", "inspect", "list_methods", "load", "measure", "profile", "targets"]
+__all__ = ["compress", "export", "inspect", "list_methods", "load", "measure", "nn", "profile", "targets"]
 
 if TYPE_CHECKING:
+    from edgeprune import nn
     from edgeprune.api import compress, export, inspect, list_methods, load, measure, profile, targets
 
 
 def __getattr__(name: str) -> Any:
     """The verbs are loaded when they are first used, so that ``edgeprune --help`` does not wait for torch."""
+    if name == "nn":
+        return importlib.import_module("edgeprune.nn")
     if name in __all__:
         from edgeprune import api
 

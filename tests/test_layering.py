@@ -11,6 +11,7 @@ ROOT = pathlib.Path(edgeprune.__file__).parent
 ALLOWED = {
     "errors": set(),
     "progress": set(),
+    "nn": {"errors"},
     "device": {"errors"},
     "plan": {"errors"},
     "latency": {"device", "errors"},
@@ -33,7 +34,7 @@ ALLOWED = {
         "errors",
         "progress",
     },
-    "__init__": {"api", "errors"},
+    "__init__": {"api", "errors", "nn"},
     "cli": {"__init__", "api", "errors", "progress", "graph"},
     "__main__": {"cli"},
 }

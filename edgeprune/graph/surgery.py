@@ -33,7 +33,7 @@ def cut(network: Network, channels: Channels, keep: Mapping[str, Sequence[int]])
         for node in new.module.graph.nodes:
             if node.op == "call_function":
                 refit(node, survivors)
-    result = _rebuilt(new)
+    result = rebuilt(new)
     if removed.any():
         _verify(result, survivors)
     return result
@@ -52,10 +52,10 @@ def remove(network: Network, blocks: Sequence[Block]) -> Network:
         join.replace_all_uses_with(shortcut)
         graph.erase_node(join)
     graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
-    return _rebuilt(new)
+    return rebuilt(new)
 
 
-def _rebuilt(network: Network) -> Network:
+def rebuilt(network: Network) -> Network:
     """The same graph on a module that holds only what the graph uses."""
     module = fx.GraphModule(network.module, network.module.graph)
     module.train(network.module.training)

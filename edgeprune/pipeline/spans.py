@@ -11,14 +11,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
-
 from edgeprune.deploy.export import to_onnx
 from edgeprune.device.target import Fusion
 from edgeprune.graph.blocks import Block, find_blocks
 from edgeprune.graph.channels import Channels, analyse
 from edgeprune.graph.fold import fold
 from edgeprune.graph.network import Network
+from edgeprune.graph.ranges import clamp_of, ranges
 from edgeprune.latency.fusion import sites
 from edgeprune.latency.kernel import Kernel, Site
 from edgeprune.plan.problem import Axis
@@ -89,22 +88,24 @@ def dissect(network: Network, fusion: Fusion | None = None) -> Anatomy:
     index = _match_groups(folded_channels, channels)
     block_of_node = {node: i for i, block in enumerate(blocks) for node in block.nodes}
     group_blocks = _group_blocks(network, channels, block_of_node)
-    block_of_node |= _repeated_relus(network, blocks)
+    block_of_node |= _idle_clamps(network, blocks)
     spans = tuple(_span(site, folded_channels, index, block_of_node) for site in sites(to_onnx(folded), fusion))
     return Anatomy(network, folded, channels, blocks, spans, group_blocks)
 
 
-def _repeated_relus(network: Network, blocks: Sequence[Block]) -> dict[str, int]:
-    """The relu behind a block whose shortcut is itself a relu: it goes with the block, since folding drops it then."""
-    relu = torch.ops.aten.relu.default
+def _idle_clamps(network: Network, blocks: Sequence[Block]) -> dict[str, int]:
+    """The clamps behind a block whose shortcut lies within their bounds by itself: each goes with the block, since
+    folding drops it then."""
+    known = ranges(network.module)
     nodes = {n.name: n for n in network.module.graph.nodes}
-    return {
-        user.name: i
-        for i, block in enumerate(blocks)
-        if nodes[block.shortcut].target is relu
-        for user in nodes[block.join].users
-        if user.target is relu
-    }
+    found: dict[str, int] = {}
+    for i, block in enumerate(blocks):
+        low, high = known[nodes[block.shortcut]]
+        for user in nodes[block.join].users:
+            clamp = clamp_of(user)
+            if clamp is not None and clamp[0] <= low and high <= clamp[1]:
+                found[user.name] = i
+    return found
 
 
 def _match_groups(folded: Channels, channels: Channels) -> list[int | None]:
