@@ -48,10 +48,12 @@ class NetworkTrials:
         self.blocks = {b.name: b for b in blocks}
         self.rankings = rankings
         self.start = judge.program
-        self.original = Reference(judge.reference.program, judge.batches)
+        few = [tuple(parts) for inputs in judge.batches for parts in zip(*(t.split(8) for t in inputs), strict=True)]
+        self.original = Reference(judge.reference.program, few)  # a few at once: all layers are sampled in one pass
         self.dead: dict[str, np.ndarray] = {}  # module path -> its output channels that nobody reads any more
         self._now: float | None = None  # the final error of what was accepted
 
+    @torch.no_grad()
     def layer_error(self, move: Move) -> float:
         trial, changed = self._tried(self.judge.program, move)
         if not changed:
@@ -61,16 +63,17 @@ class NetworkTrials:
         if not readers:
             found = outputs(trial, self.judge.batches, known)
             return sum(_relative(a, e) for a, e in zip(found, self.judge.expected, strict=True))
-        with torch.no_grad():
-            values = run(trial, self.judge.batches, readers, known)
+        values = run(trial, self.judge.batches, readers, known)
         return sum(self._error_at(trial, name, values[name]) for name in readers)
 
+    @torch.no_grad()
     def output_error(self, move: Move) -> float:
         if self._now is None:
             self._now = self._final(self.judge.program, self.judge.checkpoints)
         trial, changed = self._tried(self.judge.program, move)
         return self._final(trial, self.judge.known_before(changed)) - self._now if changed else 0.0
 
+    @torch.no_grad()
     def accept(self, *moves: Move) -> None:
         """Widths are fitted together, each on the network as it was before all of them."""
         for move in moves:
@@ -135,8 +138,7 @@ class NetworkTrials:
         for node in program.nodes:
             sources = {n.name for n in program.sources(node)}
             if sources and sources <= seen:
-                weight = getattr(program.leaf(node), "weight", None) if node.op == "call_module" else None
-                if weight is not None and weight.dim() > 1:
+                if node.op == "call_module" and _mixes(program.leaf(node)):
                     found.append(node.name)
                 else:
                     seen.add(node.name)
@@ -147,7 +149,8 @@ class NetworkTrials:
         node = program.by_name[name]
         path, dim = str(node.target), channel_dim(program.leaf(node))
         shape = place_count(values[0], dim)
-        self.original.gather({name: (dim, ROWS)})
+        if not self.original.rows:
+            self.original.gather(_layers(self.original.program))
         expected = self.original.at(name, ROWS, shape)
         actual = values_at(values, dim, self.original.where(shape, ROWS))
         kept = kept_of(self.judge.kept, path, actual.shape[1], expected.shape[1])
@@ -156,6 +159,17 @@ class NetworkTrials:
         live = torch.ones(actual.shape[1], dtype=torch.bool)
         live[torch.from_numpy(self.dead.get(path, np.array([], np.int64)))] = False
         return _relative(actual[:, live], expected[:, kept][:, live])
+
+
+def _layers(program: Program) -> dict[str, tuple[int, int]]:
+    """What to sample of every layer that mixes channels: its channel dim, how many places."""
+    calls = [n for n in program.nodes if n.op == "call_module" and _mixes(program.leaf(n))]
+    return {n.name: (channel_dim(program.leaf(n)), ROWS) for n in calls}
+
+
+def _mixes(leaf: Any) -> bool:
+    weight = getattr(leaf, "weight", None)
+    return weight is not None and weight.dim() > 1
 
 
 def _relative(actual: Tensor, expected: Tensor) -> float:
@@ -169,14 +183,13 @@ def _silenced(leaf: Any, channels: np.ndarray) -> Any:
     if isinstance(leaf, CONV_TRANSPOSES) and leaf.groups > 1:
         return leaf
     new = copy.deepcopy(leaf)
-    with torch.no_grad():
-        if isinstance(leaf, BATCH_NORMS) and not leaf.affine:
-            tensors: Collection[Tensor] = [new.running_mean]
-        else:
-            turned = isinstance(leaf, CONV_TRANSPOSES)
-            tensors = [t for t in (new.weight.transpose(0, 1) if turned else new.weight, new.bias) if t is not None]
-        if not any(bool(t[index].any()) for t in tensors):
-            return leaf
-        for t in tensors:
-            t[index] = 0
+    if isinstance(leaf, BATCH_NORMS) and not leaf.affine:
+        tensors: Collection[Tensor] = [new.running_mean]
+    else:
+        turned = isinstance(leaf, CONV_TRANSPOSES)
+        tensors = [t for t in (new.weight.transpose(0, 1) if turned else new.weight, new.bias) if t is not None]
+    if not any(bool(t[index].any()) for t in tensors):
+        return leaf
+    for t in tensors:
+        t[index] = 0
     return new

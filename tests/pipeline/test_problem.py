@@ -10,9 +10,12 @@ import pytest
 import torch
 from torch import nn
 
+from edgeprune.deploy.export import to_onnx
 from edgeprune.graph.count import count
 from edgeprune.graph.fold import fold
 from edgeprune.graph.lift import lift
+from edgeprune.latency.fusion import sites
+from edgeprune.latency.kernel import multiply_adds
 from edgeprune.pipeline.apply import apply_plan
 from edgeprune.pipeline.problem import attainable, build_problem, group_candidates, needed_kernels
 from edgeprune.pipeline.spans import dissect
@@ -125,6 +128,30 @@ def test_planned_multiply_adds_are_those_of_the_cut_network(anatomy, seed):
     keep = {name: rankings[name].keep(width) for name, width in widths.items()}
     assert planned == count(fold(apply_plan(anatomy.network, Plan(widths, keep=keep)))).macs
     assert evaluate(macs_only(problem), {})[0] == count(anatomy.folded).macs
+
+
+class Products(nn.Module):
+    """All that multiplies: transposed, grouped, dilated and one-dimensional convolutions, linears, matrix products."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.ConvTranspose2d(6, 4, 3, stride=2, padding=1, groups=2)
+        self.each = nn.ConvTranspose2d(4, 4, 2, stride=2, groups=4)
+        self.wide = nn.Conv2d(4, 8, (1, 3), dilation=2, groups=2)
+        self.line = nn.Conv1d(8, 6, 3)
+        self.mix, self.head = nn.Linear(6, 10), nn.Linear(10, 3)
+
+    def forward(self, x):
+        x = self.line(self.wide(self.each(self.up(x))).flatten(2)[:, :, :40]).transpose(1, 2)
+        x = self.mix(torch.softmax(x @ x.transpose(1, 2), 2) @ x)
+        return self.head(x.mean(1))
+
+
+def test_multiply_adds_of_all_kernels_are_those_of_the_network():
+    network = fold(lift(Products().eval(), [(1, 6, 5, 7)]))
+    kernels = [site.kernel for site in sites(to_onnx(network))]
+    assert sum(map(multiply_adds, kernels)) == count(network).macs
+    assert {"Conv", "ConvTranspose", "Gemm", "MatMul"} <= {k.op for k in kernels if multiply_adds(k)}
 
 
 def test_removing_a_block_takes_its_kernels_away(anatomy):

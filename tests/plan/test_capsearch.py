@@ -126,8 +126,10 @@ def test_an_unreachable_budget_names_the_smallest_latency():
 
 def test_what_saves_no_time_stays():
     groups = (GroupChoice("g0", (8, 32), (1.0, 0.0)), GroupChoice("g1", (8, 32), (1.0, 0.0)))
-    terms = tuple(Term(f"t{i}", (Axis(((i, 1),)),), {(8,): ms, (32,): 2.0}) for i, ms in enumerate((2.0, 1.0)))
-    assert cap_search(Problem(groups, (), terms, 0.0), Losses())(3.0).widths == {"g0": 32, "g1": 8}
+    terms = tuple(Term(f"t{i}", (Axis(((i, 1),)),), {(8,): ms, (32,): 2.0}) for i, ms in enumerate((1.0, 2.0)))
+    problem = Problem(groups, (), terms, 0.0)
+    assert Losses().layer_error(Move("g1", 8)) < Losses().layer_error(Move("g0", 8))
+    assert cap_search(problem, Losses())(3.0).widths == {"g0": 8, "g1": 32}
 
 
 def test_without_trials_it_says_what_is_missing():

@@ -342,3 +342,13 @@ def test_assessing_offers_trials_on_what_was_assessed(network):
     assert narrow == pytest.approx(found.rankings["blocks.2.conv1"].damage[6], rel=1e-4)
     block = min(found.blocks, key=found.blocks.__getitem__)
     assert found.trials.output_error(Move(block)) == pytest.approx(found.blocks[block], rel=1e-4)
+
+
+def test_trials_keep_no_gradients(network):
+    """What is kept of the original would else hold all activations behind it."""
+    trials = trials_of(network)
+    trials.layer_error(Move("blocks.2.conv1", 6))
+    trials.accept(Move("blocks.1.conv1", 6), Move("blocks.3"))
+    kept = [*trials.original.samples.values(), *itertools.chain(*trials.judge.checkpoints.values())]
+    assert len(trials.original.samples) == 10
+    assert not any(t.requires_grad for t in kept)
