@@ -21,6 +21,7 @@ from edgeprune.plan.problem import Move, Plan, Plans, Problem, Trials
 
 STEP = 0.25  # of a group's full size, per pass
 CLOSE = 1.02  # two tolerances nearer to each other than this factor are one
+ENOUGH = 0.99  # of the budget used: then no smaller tolerance is looked for
 LEAST, MOST = 1e-6, 100.0  # up to the one nothing is lost, from the other on anything may be
 
 State = tuple[int, ...]
@@ -42,12 +43,13 @@ class CapSearch:
         self.losses: dict[tuple[State, Move], float] = {}
 
     def plan(self, budget_ms: float) -> Plan:
-        """The plan of the least tolerance within the budget, to CLOSE. Raises BudgetUnreachableError."""
+        """The plan of the least tolerance within the budget, to CLOSE or ENOUGH. Raises BudgetUnreachableError."""
         while True:
             within = [t for t, plan in self.plans.items() if _ms(plan) <= budget_ms * (1 + SLACK)]
             high = min(within, default=math.inf)
             low = max((t for t in self.plans if t < high), default=0.0)
-            if within and (high <= LEAST or (low and high / low < CLOSE)):
+            used = within and _ms(self.plans[high]) >= ENOUGH * budget_ms
+            if used or (within and (high <= LEAST or (low and high / low < CLOSE))):
                 return self.plans[high]
             if within:
                 asked = math.sqrt(low * high) if low else max(high / 4, LEAST)
