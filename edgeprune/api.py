@@ -25,6 +25,7 @@ from edgeprune.pipeline import workdir
 from edgeprune.pipeline.budget import parse_budget
 from edgeprune.pipeline.inspection import Inspection
 from edgeprune.pipeline.pricing import Pricing
+from edgeprune.pipeline.resolution import parse_resolution
 from edgeprune.pipeline.results import Comparison, Compression, Export, Profile
 from edgeprune.pipeline.spans import dissect
 from edgeprune.progress import Callback, silent
@@ -74,6 +75,7 @@ def compress(
     normalize: str | None = None,
     method: str | None = None,
     planner: str | None = None,
+    resolution: str | int | None = None,
     images: int = 1024,
     minutes: float | None = None,
     epochs: float | None = None,
@@ -89,6 +91,7 @@ def compress(
     test:        labelled data for the figures only
     method:      which channels: a key of ``edgeprune.methods.SELECTORS`` (default: the best for what there is)
     planner:     how much of everything is decided: a key of ``edgeprune.methods.PLANNERS`` (default: exact)
+    resolution:  height and width of the compressed network's input: 160, or "160x120"; inputs are resized to it
     images:      calibration images
     minutes, epochs: length of the recovery training (default: 10 minutes; 0 is none)
     out:         directory for the deliverables and for what lets the same call go on after an interruption
@@ -99,6 +102,7 @@ def compress(
     budget, network = parse_budget(latency), _network(model, input_shape)
     method = methods.selector_name(method, data is not None)
     planner = methods.planner_name(planner, data is not None)
+    size = parse_resolution(resolution, network)
     if minutes is not None and epochs is not None:
         raise UsageError("--minutes and --epochs exclude each other; give one of them")
     if images < 1:
@@ -129,6 +133,7 @@ def compress(
         images=images,
         recovery=_recovery(minutes, epochs, seed),
         seed=seed,
+        resolution=size,
         folder=folder / "work" if folder else None,
     )
     with Pricing(wanted, progress) as pricing:

@@ -114,6 +114,9 @@ def _add_compress(commands: Any) -> None:
     parser.add_argument("--normalize", metavar="M,M,M/S,S,S", help="imagenet, none (default), or means/deviations")
     parser.add_argument("--method", help="which channels (default: cap; without --data magnitude)")
     parser.add_argument("--planner", help="how much of everything (default: exact); see `edgeprune methods`")
+    parser.add_argument(
+        "--resolution", metavar="HxW", help="input size of the compressed network, smaller than the original's"
+    )
     parser.add_argument("--images", type=int, default=1024, help="calibration images (default: 1024)")
     parser.add_argument("--minutes", type=float, help="time for recovery training (default: 10; 0: none)")
     parser.add_argument("--epochs", type=float, help="passes of recovery training, instead of --minutes")
@@ -207,6 +210,7 @@ def _compressed(options: argparse.Namespace, shown: Callable[[float, float, str]
         normalize=options.normalize,
         method=options.method,
         planner=options.planner,
+        resolution=options.resolution,
         images=options.images,
         minutes=options.minutes,
         epochs=options.epochs,

@@ -50,7 +50,7 @@ class Report:
     """
     name:          file name of the deliverables without suffix
     origin:        where the network came from
-    input_shapes:  batch 1 in front
+    input_shapes:  of the delivered network, batch 1 in front
     asked:         the budget as it was typed ("60%"); ``budget_ms`` what it came to
     predicted_ms:  latency of the plan by the table alone: its share of the original there, times ``before``
     before, after: the original and the compressed network, measured interleaved; ``ratio`` after / before with its
@@ -65,6 +65,7 @@ class Report:
     removed:       names of the removed blocks
     method, planner: how channels were ranked, and what decided how much of everything stays
     gap:           proven relative gap of the plan, None if it was not planned by the exact solver
+    preprocessing: what must be done to inputs that the original did not need; empty for none
     seconds:       duration by stage
     warnings:      what the user should know
     """
@@ -89,6 +90,7 @@ class Report:
     method: str | None = None
     planner: str | None = None
     gap: float | None = None
+    preprocessing: str = ""
     seconds: Mapping[str, float] = field(default_factory=dict)
     warnings: Sequence[str] = ()
 
@@ -153,6 +155,10 @@ def render(report: Report) -> str:
         f", {len(report.removed)} blocks removed" if report.removed else ""
     )
     lines.append(kept)
+    if report.preprocessing:
+        lines.append(
+            f"input {' and '.join('x'.join(map(str, s)) for s in report.input_shapes)}: {report.preprocessing}"
+        )
     lines += [f"warning: {text}" for text in report.warnings]
     return "\n".join(lines)
 

@@ -52,7 +52,7 @@ def free_batch(network: Network, baked: int) -> None:
             sizes[0] = size
         node.args = (*node.args[:place], sizes, *node.args[place + 1 :])
     network.module.recompile()
-    if not _runs_at(network, 3) or not _samples_are_independent(network):
+    if not _runs_at(network, 3) or not samples_are_independent(network):
         raise UnsupportedModelError(
             f"{network.origin}: exported with a fixed batch of {baked} that cannot be freed; export it again with "
             "dynamic_shapes=({0: torch.export.Dim.AUTO},)"
@@ -81,7 +81,8 @@ def _runs_at(network: Network, batch: int) -> bool:
     )
 
 
-def _samples_are_independent(network: Network) -> bool:
+def samples_are_independent(network: Network) -> bool:
+    """Whether a batch of two random samples gives what they give alone."""
     inputs = network.random_inputs(batch=2)
     with torch.no_grad():
         together = _tuple(network.module(*inputs))

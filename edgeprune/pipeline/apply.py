@@ -9,6 +9,7 @@ from edgeprune.errors import UsageError
 from edgeprune.graph.blocks import find_blocks
 from edgeprune.graph.channels import analyse
 from edgeprune.graph.network import Network
+from edgeprune.graph.resolution import at_resolution
 from edgeprune.graph.surgery import cut, remove
 from edgeprune.plan.problem import Plan, Ranking, Recipe
 
@@ -50,7 +51,10 @@ def apply_plan(network: Network, plan: Plan) -> Network:
 
 
 def apply_recipe(network: Network, recipe: Recipe) -> Network:
-    """Apply all plans of a recipe, in order, to the network it was made for. Raises UsageError as ``apply_plan``."""
+    """Apply all plans of a recipe, in order, to the network it was made for, at the recipe's resolution. Raises
+    UsageError as ``apply_plan``, UnsupportedModelError as ``at_resolution``."""
+    if recipe.resolution is not None:
+        network = at_resolution(network, recipe.resolution)
     for plan in recipe.steps:
         network = apply_plan(network, plan)
     return network

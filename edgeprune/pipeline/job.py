@@ -6,7 +6,7 @@ import copy
 import hashlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from edgeprune.device.target import Target
 from edgeprune.errors import UsageError
 from edgeprune.graph.fold import denormals, fold
 from edgeprune.graph.network import Network
+from edgeprune.graph.resolution import Size, at_resolution, size_of
 from edgeprune.latency.networks import Timings
 from edgeprune.methods import PLANNERS, SELECTORS
 from edgeprune.pipeline import workdir
@@ -25,7 +26,8 @@ from edgeprune.pipeline.budget import Budget
 from edgeprune.pipeline.certificate import certify
 from edgeprune.pipeline.judging import Judge
 from edgeprune.pipeline.pricing import Pricing
-from edgeprune.pipeline.shrink import Shrunk, shrink
+from edgeprune.pipeline.resolution import metadata
+from edgeprune.pipeline.shrink import Shrunk, shrink, uncut
 from edgeprune.train.config import History, TrainConfig
 from edgeprune.train.config import Progress as Step
 from edgeprune.train.dataset import DataSet
@@ -47,6 +49,7 @@ class Job:
     test:     labelled images for the figures only; without it a tenth of ``data`` is held out for them
     images:   how many of ``data`` calibrate selection and refitting
     recovery: how to train, None not at all
+    resolution: the input's height and width of the compressed network, None as it is
     folder:   where state is kept for the same command to go on with, None nowhere
     """
 
@@ -60,6 +63,7 @@ class Job:
     images: int = 1024
     recovery: TrainConfig | None = None
     seed: int = 0
+    resolution: Size | None = None
     folder: Path | None = None
 
 
@@ -90,6 +94,8 @@ def run(job: Job, pricing: Pricing, progress: Callback) -> Outcome:
     original.module.eval()
     training, held_out = _splits(job)
     accuracy = {"original": _accuracy(original, held_out)}
+    base = original if job.resolution is None else at_resolution(original, job.resolution)
+    training, held_out = (_seen(data, base) for data in (training, held_out))
     calibration, labels = _calibration(training, job.images, job.seed)
     key = workdir.digest(original, _options(job, pricing), calibration[:1])
     with clock("export"):
@@ -109,15 +115,20 @@ def run(job: Job, pricing: Pricing, progress: Callback) -> Outcome:
     with clock("shrink"):
         shrunk = workdir.recall(job.folder, key, original) if job.folder else None
         if shrunk is None:
-            judge = Judge(original, SELECTORS[job.method].function, calibration, progress, labels)
-            shrunk = shrink(
-                original, original_ms, budget_ms, pricing, judge.judge, judge.repair, pricing.clock, progress,
-                planner.function, planner.decides != "widths",
-            )  # fmt: skip
+            judge = Judge(base, SELECTORS[job.method].function, calibration, progress, labels)
+            start_ms = original_ms if job.resolution is None else pricing.clock(base)
+            if start_ms <= budget_ms:
+                shrunk = uncut(base, original_ms, start_ms)
+            else:
+                shrunk = shrink(
+                    base, original_ms, budget_ms, pricing, judge.judge, judge.repair, pricing.clock, progress,
+                    planner.function, planner.decides != "widths", start_ms,
+                )  # fmt: skip
+            shrunk = replace(shrunk, recipe=replace(shrunk.recipe, resolution=job.resolution))
             if job.folder:
                 workdir.store(job.folder, key, shrunk)
     network = shrunk.network.copy()
-    certificate = certify(original, shrunk.recipe)
+    certificate = certify(base, shrunk.recipe)
     accuracy["shrunk"] = _accuracy(network, held_out)
     history = None
     with clock("recover"):
@@ -131,7 +142,7 @@ def run(job: Job, pricing: Pricing, progress: Callback) -> Outcome:
     similarity = _similarity(original, network, held_out or training)
     with clock("export"):
         folded = fold(network)
-        onnx = to_onnx(folded).SerializeToString()
+        onnx = to_onnx(folded, metadata=metadata(original, job.resolution)).SerializeToString()
         verification = verify(onnx, folded, calibration[:1])
     with clock("measure"):
         comparison = _final_timing(pricing, {"original": original_onnx, "compressed": onnx}, job.budget)
@@ -146,6 +157,11 @@ def _splits(job: Job) -> tuple[DataSet | None, DataSet | None]:
     if job.data is None or job.test is not None or len(job.data) < 20:
         return job.data, job.test
     return job.data.split(0.1, job.seed)
+
+
+def _seen(data: DataSet | None, network: Network) -> DataSet | None:
+    """The data at the size that ``network`` takes."""
+    return data if data is None or data.input_shape == network.input_shapes[0] else data.resized(*size_of(network))
 
 
 def _training_key(config: TrainConfig, shrunk: Shrunk, data: DataSet) -> str:
@@ -169,6 +185,7 @@ def _options(job: Job, pricing: Pricing) -> dict[str, Any]:
         "planner": job.planner,
         "images": job.images,
         "seed": job.seed,
+        "resolution": job.resolution,
         "data": None if job.data is None else [job.data.name, len(job.data)],
     }
 

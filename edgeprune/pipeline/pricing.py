@@ -71,7 +71,7 @@ class Pricing:
         self.block = self.fusion.block or 1
         self.original: bytes | None = None
         self.original_ms = 0.0
-        self._candidates: dict[str, Widths] = {}
+        self._candidates: dict[tuple[object, ...], dict[str, Widths]] = {}  # by the networks' input shapes
 
     def __enter__(self) -> Pricing:
         return self
@@ -93,15 +93,16 @@ class Pricing:
     def prepare(self, anatomy: Anatomy) -> Sequence[Widths]:
         """Measure what planning ``anatomy`` lacks; the candidate widths of its groups.
 
-        The first network prepared decides the candidates, where its measured stairs end; networks cut from it keep
-        those that still fit.
+        The first network prepared at an input shape decides the candidates, where its measured stairs end; networks
+        cut from it keep those that still fit.
         """
         self.model.place([span.site.kernel for span in anatomy.spans])
-        if not self._candidates:
+        shapes = anatomy.network.input_shapes
+        if shapes not in self._candidates:
             self._measure(line_rows(anatomy.spans, self.block), "measuring stairs")
             for _ in range(SETTLING):
                 found = group_candidates(anatomy, self._known_ms)
-                self._candidates = {g.name: w for g, w in zip(anatomy.channels.groups, found, strict=True)}
+                self._candidates[shapes] = {g.name: w for g, w in zip(anatomy.channels.groups, found, strict=True)}
                 if not self._fill(anatomy, self._fitting(anatomy)):
                     break
         candidates = self._fitting(anatomy)
@@ -110,12 +111,13 @@ class Pricing:
 
     def settle(self, anatomy: Anatomy) -> None:
         """Once more with the table as it is now, so that the next ``prepare`` finds everything measured."""
-        self._candidates = {}
+        self._candidates.clear()
         self.prepare(anatomy)
 
     def _fitting(self, anatomy: Anatomy) -> Sequence[Widths]:
+        known = self._candidates[anatomy.network.input_shapes]
         groups = anatomy.channels.groups
-        return [tuple(sorted({w for w in self._candidates.get(g.name, ()) if w < g.size} | {g.size})) for g in groups]
+        return [tuple(sorted({w for w in known.get(g.name, ()) if w < g.size} | {g.size})) for g in groups]
 
     def _fill(self, anatomy: Anatomy, candidates: Sequence[Widths]) -> int:
         """Measure what plans over these candidates need; how many kernels that were."""

@@ -18,6 +18,7 @@ from edgeprune.graph.network import Network
 from edgeprune.latency.networks import NetworkTiming, Timings
 from edgeprune.pipeline.job import Job, Outcome
 from edgeprune.pipeline.pricing import Pricing
+from edgeprune.pipeline.resolution import preprocessing
 from edgeprune.plan.problem import Recipe
 
 
@@ -42,7 +43,7 @@ class Compression:
         report = Report(
             name="model",
             origin=job.network.origin,
-            input_shapes=[list(s) for s in job.network.input_shapes],
+            input_shapes=[list(s) for s in outcome.network.input_shapes],
             asked=job.budget.text,
             budget_ms=job.budget.ms(before.median_ms),
             predicted_ms=shrunk.predicted_share * before.median_ms,
@@ -60,6 +61,7 @@ class Compression:
             method=job.method,
             planner=job.planner,
             gap=max((p.gap for p in shrunk.recipe.steps if p.gap is not None), default=None),
+            preprocessing=preprocessing(job.network, shrunk.recipe.resolution),
             seconds={k: round(v, 2) for k, v in outcome.seconds.items()},
             warnings=outcome.warnings,
         )

@@ -73,6 +73,7 @@ def shrink(
     progress: Callable[[float, float, str], None],
     planner: Planner = exact,
     removes_blocks: bool = True,
+    start_ms: float | None = None,
 ) -> Shrunk:
     """Cut ``original`` until ``clock`` (ms of a network timed whole) is within ``budget_ms``.
 
@@ -80,26 +81,28 @@ def shrink(
     repair: what was done so far -> its network with weights refitted to the original's responses
     planner: decides how much of everything, once in every round; every attempt of the last one asks the same plans
     removes_blocks: whether the planner does
+    start_ms: of ``original`` where that is not what ``original_ms`` was measured of: at a smaller input
     Raises BudgetUnreachableError before any other work, BudgetMissedError when no plan measures within the budget.
     """
     anatomy = dissect(original, prices.fusion)
     candidates = prices.prepare(anatomy)
-    _refuse_unreachable(anatomy, candidates, prices, original_ms, budget_ms, removes_blocks)
-    rounds = max(1, math.ceil(math.log(budget_ms / original_ms) / math.log(ROUND_SHARE) - 0.2))
-    correction = original_ms / predicted_ms(anatomy, prices)
+    start_ms = original_ms if start_ms is None else start_ms
+    correction = start_ms / predicted_ms(anatomy, prices)
+    _refuse_unreachable(anatomy, candidates, prices, correction, original_ms, budget_ms, removes_blocks)
+    rounds = max(1, math.ceil(math.log(budget_ms / start_ms) / math.log(ROUND_SHARE) - 0.2))
     state = State(original)
     for step in range(1, rounds):
         progress(step - 1, rounds, "planning")
         judgement = judge(state, anatomy, candidates)
-        target_ms = original_ms * (budget_ms / original_ms) ** (step / rounds) / correction
-        plan = planner(_problem(anatomy, candidates, prices, judgement), judgement.trials)(target_ms)
+        target_ms = start_ms * (budget_ms / start_ms) ** (step / rounds) / correction
+        plan = planner(problem_of(anatomy, candidates, prices, judgement), judgement.trials)(target_ms)
         state = advance(state, plan, judgement.rankings)
         state = replace(state, network=repair(state))
         anatomy = dissect(state.network, prices.fusion)
         candidates = prices.prepare(anatomy)
     progress(rounds - 1, rounds, "planning")
     judgement = judge(state, anatomy, candidates)
-    problem = _problem(anatomy, candidates, prices, judgement)
+    problem = problem_of(anatomy, candidates, prices, judgement)
 
     def measure(plan: Plan) -> float:
         return clock(advance(state, plan, judgement.rankings).network)
@@ -116,12 +119,18 @@ def shrink(
     )
 
 
+def uncut(network: Network, original_ms: float, measured_ms: float) -> Shrunk:
+    """A network that is within the budget as it is, at a smaller input."""
+    return Shrunk(Recipe(()), network.copy(), measured_ms / original_ms, measured_ms, 0, ())
+
+
 def predicted_ms(anatomy: Anatomy, prices: Prices) -> float:
     """The table's latency of a network as it is."""
     return prices.constant_ms() + math.fsum(prices.kernel_ms(span.at(span.full)) for span in anatomy.spans)
 
 
-def _problem(anatomy: Anatomy, candidates: Sequence[Widths], prices: Prices, judgement: Judgement) -> Problem:
+def problem_of(anatomy: Anatomy, candidates: Sequence[Widths], prices: Prices, judgement: Judgement) -> Problem:
+    """What a planner is asked, priced; without a budget."""
     return build_problem(
         anatomy,
         candidates,
@@ -136,14 +145,14 @@ def _refuse_unreachable(
     anatomy: Anatomy,
     candidates: Sequence[Widths],
     prices: Prices,
+    correction: float,
     original_ms: float,
     budget_ms: float,
     removes_blocks: bool,
 ) -> None:
     free = {g.name: Ranking.free(g.size) for g in anatomy.channels.groups}
     nothing = Judgement(free, {b.name: 0.0 for b in anatomy.blocks if removes_blocks})
-    floor_ms = smallest(_problem(anatomy, candidates, prices, nothing))
-    floor_ms *= original_ms / predicted_ms(anatomy, prices)
+    floor_ms = smallest(problem_of(anatomy, candidates, prices, nothing)) * correction
     if floor_ms > budget_ms:
         share = 100 * floor_ms / original_ms
         raise BudgetUnreachableError(

@@ -146,13 +146,15 @@ Planner = Callable[[Problem, Trials | None], Plans]  # the problem's own budget_
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """Plans in the order they are applied, each made for the network that the one before it leaves.
+    """Plans in the order they are applied, each made for the network that the one before it leaves; before them the
+    input's height and width are set to ``resolution``, if there is one.
 
     One plan would not do: a cut can leave finer groups than it found (a grouped convolution with one channel left in
     each group is a depthwise one), and the next plan may use them.
     """
 
     steps: tuple[Plan, ...]
+    resolution: tuple[int, int] | None = None
 
     @property
     def removed(self) -> tuple[str, ...]:
@@ -170,7 +172,8 @@ class Recipe:
             }
             for plan in self.steps
         ]
-        return json.dumps({"version": PLAN_VERSION, "steps": steps}, indent=1)
+        size = {} if self.resolution is None else {"resolution": list(self.resolution)}
+        return json.dumps({"version": PLAN_VERSION, **size, "steps": steps}, indent=1)
 
     @staticmethod
     def from_json(text: str) -> Recipe:
@@ -179,7 +182,9 @@ class Recipe:
             doc = json.loads(text)
             if doc["version"] != PLAN_VERSION:
                 raise UsageError(f"plan has version {doc['version']}, this edgeprune reads version {PLAN_VERSION}")
-            return Recipe(tuple(_plan(step) for step in doc["steps"]))
+            height, width = doc.get("resolution", (0, 0))
+            size = (int(height), int(width)) if "resolution" in doc else None
+            return Recipe(tuple(_plan(step) for step in doc["steps"]), size)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(
                 f"not a plan: {error!r}; expected the plan.json that `edgeprune compress` writes"

@@ -51,7 +51,8 @@ class Polynomial:
 
 def bernstein(x: np.ndarray | float, low: float, degree: int) -> np.ndarray:
     """(..., degree + 1) basis values on [low, 1]; beyond the interval it is held at its ends."""
-    t = np.clip((np.asarray(x, dtype=float) - low) / (1 - low), 0.0, 1.0)[..., None] if low < 1 else np.ones((1,))
+    x = np.asarray(x, dtype=float)[..., None]
+    t = np.clip((x - low) / (1 - low), 0.0, 1.0) if low < 1 else np.ones_like(x)
     k = np.arange(degree + 1)
     return np.array([math.comb(degree, i) for i in k]) * t**k * (1 - t) ** (degree - k)
 

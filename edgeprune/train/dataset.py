@@ -15,6 +15,7 @@ from edgeprune.errors import DataError
 from edgeprune.train.arrays import arrays_to_source, shape_of
 from edgeprune.train.augment import Augment, Views, suggested
 from edgeprune.train.normalise import Normalisation, Statistic
+from edgeprune.train.resize import resize, resized
 from edgeprune.train.sources import Source
 
 Batch = tuple[torch.Tensor, torch.Tensor | None]
@@ -24,6 +25,7 @@ class DataSet:
     """Samples, their labels if there are any, and how they are scaled. Positions run from 0 to ``len(data) - 1``.
 
     labelled: every sample has an integer class. classes: how many, or None. input_shape: (1, C, H, W).
+    full: the same samples at the size the data came in; the data itself unless it is a ``resized`` view
     """
 
     def __init__(
@@ -33,11 +35,13 @@ class DataSet:
         normalisation: Normalisation,
         name: str,
         indices: np.ndarray | None = None,
+        full: DataSet | None = None,
     ):
         self.source = source
         self.input_shape = (1, *(int(d) for d in input_shape[1:]))
         self.normalisation = normalisation
         self.name = name
+        self.full = self if full is None else full
         self.indices = np.arange(len(source)) if indices is None else np.asarray(indices, np.int64)
         if len(self.indices) == 0:
             raise DataError(f"{name}: no samples left; expected at least one")
@@ -91,6 +95,10 @@ class DataSet:
         x, y = self.raw(positions, views)
         return self.normalisation(x), y
 
+    def seen(self, x: torch.Tensor) -> torch.Tensor:
+        """A batch of ``full``, augmented and scaled or not, at this view's size."""
+        return x if self.full is self else resize(x, self.input_shape[2:])
+
     def order(self, shuffle_seed: int | None) -> np.ndarray:
         """All positions; in order, or in an order that depends on the seed alone."""
         if shuffle_seed is None:
@@ -119,7 +127,19 @@ class DataSet:
             yield self.batch(order[start : start + batch_size], views)
 
     def subset(self, positions: np.ndarray) -> DataSet:
-        return DataSet(self.source, self.input_shape, self.normalisation, self.name, self.indices[positions])
+        full = None if self.full is self else self.full.subset(positions)
+        return DataSet(self.source, self.input_shape, self.normalisation, self.name, self.indices[positions], full)
+
+    def resized(self, height: int, width: int) -> DataSet:
+        """The same samples at another size: folders are read again from the files' pixels, everything else is
+        interpolated with antialiasing. Raises DataError unless the samples are (C, H, W)."""
+        if len(self.input_shape) != 4:
+            raise DataError(f"{self.name}: only images can be resized, its samples have shape {self.input_shape[1:]}")
+        if (height, width) == self.full.input_shape[2:]:
+            return self.full
+        shape = (*self.input_shape[:2], height, width)
+        source = resized(self.full.source, (height, width))
+        return DataSet(source, shape, self.normalisation, self.name, self.indices, self.full)
 
     def split(self, fraction: float, seed: int = 0) -> tuple[DataSet, DataSet]:
         """Two disjoint parts (rest, part): ``part`` holds ``fraction`` of the samples, of each class if labelled."""

@@ -20,7 +20,7 @@ def evaluate(module: nn.Module, data: DataSet, *, batch_size: int = BATCH, limit
         return None
     hits = count = 0
     for x, y in _batches(data, batch_size, limit):
-        (scores,) = _run(x, module)[0][:1]
+        scores = _run(x, module)[0]
         if not is_scores(scores):
             return None
         assert y is not None
@@ -33,10 +33,11 @@ def evaluate(module: nn.Module, data: DataSet, *, batch_size: int = BATCH, limit
 def agreement(
     module: nn.Module, original: nn.Module, data: DataSet, *, batch_size: int = BATCH, limit: int | None = None
 ) -> float | None:
-    """Share of samples in 0..1 that both networks give the same class, or None where outputs are no class scores."""
+    """Share of samples in 0..1 that both networks give the same class, or None where outputs are no class scores. Of a
+    resized view the original sees the full size."""
     same = count = 0
-    for x, _ in _batches(data, batch_size, limit):
-        ours, theirs = (outputs[0] for outputs in _run(x, module, original))
+    for x, ours_all, theirs_all in _pairs(module, original, data, batch_size, limit):
+        ours, theirs = ours_all[0], theirs_all[0]
         if not is_scores(theirs):
             return None
         same += int((ours.argmax(1) == theirs.argmax(1)).sum())
@@ -47,11 +48,12 @@ def agreement(
 def output_error(
     module: nn.Module, original: nn.Module, data: DataSet, *, batch_size: int = BATCH, limit: int | None = None
 ) -> float:
-    """Squared error of the outputs relative to the squared size of the original's, mean over the outputs (>= 0)."""
+    """Squared error of the outputs relative to the squared size of the original's, mean over the outputs (>= 0).
+    Of a resized view the original sees the full size."""
     error: list[float] = []
     size: list[float] = []
-    for x, _ in _batches(data, batch_size, limit):
-        for i, (ours, theirs) in enumerate(zip(*_run(x, module, original), strict=True)):
+    for _, ours_all, theirs_all in _pairs(module, original, data, batch_size, limit):
+        for i, (ours, theirs) in enumerate(zip(ours_all, theirs_all, strict=True)):
             if i == len(error):
                 error.append(0.0)
                 size.append(0.0)
@@ -69,16 +71,22 @@ def _batches(data: DataSet, batch_size: int, limit: int | None) -> Iterator[tupl
     return data.batches(batch_size, limit=limit, shuffle_seed=None if limit is None else 0)
 
 
-def _run(x: torch.Tensor, *modules: nn.Module) -> list[Outputs]:
-    results = []
-    for module in modules:
-        training = module.training
-        module.eval()
-        try:
-            with torch.inference_mode():
-                results.append(as_outputs(module(x.to(device_of(module)))))
-        except RuntimeError as error:
-            raise DataError(f"the network cannot take a batch of shape {tuple(x.shape)}: {error}") from error
-        finally:
-            module.train(training)
-    return results
+def _pairs(
+    module: nn.Module, original: nn.Module, data: DataSet, batch_size: int, limit: int | None
+) -> Iterator[tuple[torch.Tensor, Outputs, Outputs]]:
+    """(samples, the module's outputs, the original's)."""
+    views = (data,) if data.full is data else (data, data.full)
+    for batches in zip(*(_batches(view, batch_size, limit) for view in views), strict=True):
+        yield batches[0][0], _run(batches[0][0], module), _run(batches[-1][0], original)
+
+
+def _run(x: torch.Tensor, module: nn.Module) -> Outputs:
+    training = module.training
+    module.eval()
+    try:
+        with torch.inference_mode():
+            return as_outputs(module(x.to(device_of(module))))
+    except RuntimeError as error:
+        raise DataError(f"the network cannot take a batch of shape {tuple(x.shape)}: {error}") from error
+    finally:
+        module.train(training)

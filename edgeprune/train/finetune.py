@@ -56,6 +56,7 @@ def finetune(
 
     student, teacher: modules of one input (N, ...) and one or several outputs, batch first; the teacher stays as it
         is and may be None where the data is labelled.
+    data: of a resized view the student sees its size, the teacher the full one, both the same augmented picture
     checkpoint_path: where the run is saved every ``config.checkpoint_s`` seconds; if the file is there already the run
         goes on from it, and a finished run is not repeated.
     validation: labelled samples; the best weights on them are kept. Without them the last ones are.
@@ -92,7 +93,8 @@ class _Run:
         hooks: Hooks,
         started: float,
     ):
-        self.student, self.data, self.config, self.device, self.path = student, data, config, device, path
+        self.student, self.data, self.config, self.device, self.path = student, data.full, config, device, path
+        self.seen = data.seen
         self.validation = validation if validation is not None and validation.labelled else None
         self.hooks = hooks
         self.identity = identity_of(student, teacher, data, config, hooks.key())
@@ -106,10 +108,11 @@ class _Run:
             place(teacher, device, self.format)
             teacher.eval()
 
-        x, _ = data.batch(data.order(config.seed)[: max(2, min(512, len(data)))])
+        x, _ = self.data.batch(data.order(config.seed)[: max(2, min(512, len(data)))])
         check_finite(x, data)
+        look = self.seen if teacher is None else lambda x: x
         judge = teacher if teacher is not None else student.eval()
-        sample = self._outputs(judge, x)
+        sample = self._outputs(judge, look(x))
         self.objective = Objective(config, sample, data.labelled, teacher is not None, data.name)
         labels = None if data.labels is None else data.labels.tolist()
         if self.objective.labels:
@@ -117,13 +120,14 @@ class _Run:
         self.constant_loss = self.objective.of_constant(sample, labels)
         scores = self.objective.classes is not None
         augment, note = chosen(
-            config.augment, data.input_shape, config.seed, x, lambda x: self._outputs(judge, x)[0] if scores else None
-        )
+            config.augment, self.data.input_shape, config.seed, x,
+            lambda x: self._outputs(judge, look(x))[0] if scores else None,
+        )  # fmt: skip
         if note:
             self.history.notes.append(note)
         self.teacher = None if teacher is None else Teacher(teacher, len(data), sample)
         view_of = self.teacher.view_of if self.teacher is not None else lambda epoch: epoch
-        self.feed = Feed(data, self.batch_size, config.seed, augment, view_of)
+        self.feed = Feed(self.data, self.batch_size, config.seed, augment, view_of)
         self.optimizer = optimizer_for(student, config)
         self.average: dict[str, torch.Tensor] | None = None
         self.schedule = Schedule(0, config.warmup)
@@ -189,6 +193,7 @@ class _Run:
         positions, view = self.feed.positions(step)
         torch.manual_seed((self.config.seed << 32) + step)  # dropout
         answers = None if self.teacher is None else self.teacher.answer(x, view, positions)
+        x = self.seen(x)
         training_mode(module, self.batch_norm)
         loss = self.objective(as_outputs(module(x)), answers, y)
         hooks = self.hooks if module is self.student else Hooks()
@@ -287,7 +292,7 @@ class _Run:
             x = x.to(self.device, memory_format=self.format)
             y = None if y is None else y.to(self.device)
             answers = None if self.teacher is None else self.teacher.ask(x)
-            inputs.append(x)
+            inputs.append(self.seen(x))
             losses.append(lambda value, t=answers, y=y: float(self.objective(as_outputs(value), t, y)))
         anchor_if_better(self.student, inputs, losses)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -53,12 +54,11 @@ class FolderSource:
     kept up to ``CACHE_BYTES``; a file that turns out broken only later is stood in for by the next readable one."""
 
     def __init__(self, folder: Path, chw: tuple[int, int, int]):
+        self.seen = chw[1:]
         if chw[0] not in IMAGE_MODES:
             raise DataError(f"{folder}: images have 1, 3 or 4 channels, the network's input has {chw[0]}: use an .npz")
-        self.chw = chw
         files, labels, self.classes = _listing(folder)
-        self.cache: OrderedDict[int, np.ndarray] = OrderedDict()
-        self.cache_size = max(1, CACHE_BYTES // (chw[0] * chw[1] * chw[2]))
+        self._keep(chw)
         at_once = len(files) <= DECODE_AT_OPEN
         with ThreadPoolExecutor() as pool:
             results: list[Any] = list(pool.map(self._decoded if at_once else _has_header, files))
@@ -72,6 +72,17 @@ class FolderSource:
         if at_once:
             for position, i in enumerate(good[: self.cache_size]):
                 self.cache[position] = results[i]
+
+    def _keep(self, chw: tuple[int, int, int]) -> None:
+        self.chw = chw
+        self.cache: OrderedDict[int, np.ndarray] = OrderedDict()
+        self.cache_size = max(1, CACHE_BYTES // (chw[0] * chw[1] * chw[2]))
+
+    def resized(self, height: int, width: int) -> FolderSource:
+        """The same part of every picture at another size, from the files' pixels."""
+        other = copy.copy(self)
+        other._keep((self.chw[0], height, width))
+        return other
 
     def __len__(self) -> int:
         return len(self.files)
@@ -101,8 +112,15 @@ class FolderSource:
         channels, height, width = self.chw
         try:
             with Image.open(path) as image:
+                left, top, right, bottom = shown(image.size, *self.seen)
                 image.draft("RGB", (width * 2, height * 2))  # lets a large JPEG decode at a fraction of its size
-                pixels = np.asarray(fit(image.convert(IMAGE_MODES[channels]), height, width))
+                picture = image.convert(IMAGE_MODES[channels])
+                if (height, width) == self.seen:
+                    pixels = np.asarray(fit(picture, height, width))
+                else:
+                    across, down = picture.size
+                    box = left * across, top * down, right * across, bottom * down
+                    pixels = np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR, box=box))
         except _BROKEN:
             return None
         return np.ascontiguousarray(pixels.reshape(height, width, channels).transpose(2, 0, 1))
@@ -127,13 +145,26 @@ def fit(image: Image.Image, height: int, width: int) -> Image.Image:
     photographs), then cut out the middle. An image of the very size is left alone."""
     if image.size == (width, height):
         return image
-    rim = 256 / 224 if min(height, width) >= 128 else 1.0
-    scale = max(width * rim / image.width, height * rim / image.height)
+    scale = _scale(image.size, height, width)
     size = max(width, round(image.width * scale)), max(height, round(image.height * scale))
     if size != image.size:
         image = image.resize(size, Image.Resampling.BILINEAR)
     left, top = (size[0] - width) // 2, (size[1] - height) // 2
     return image.crop((left, top, left + width, top + height))
+
+
+def shown(size: tuple[int, int], height: int, width: int) -> tuple[float, float, float, float]:
+    """The part of an image of this (width, height) that ``fit`` shows: left, top, right, bottom in shares of it."""
+    if size == (width, height):
+        return 0.0, 0.0, 1.0, 1.0
+    scale = _scale(size, height, width)
+    across, down = width / (scale * size[0]), height / (scale * size[1])
+    return (1 - across) / 2, (1 - down) / 2, (1 + across) / 2, (1 + down) / 2
+
+
+def _scale(size: tuple[int, int], height: int, width: int) -> float:
+    rim = 256 / 224 if min(height, width) >= 128 else 1.0
+    return max(width * rim / size[0], height * rim / size[1])
 
 
 def _listing(folder: Path) -> tuple[list[Path], np.ndarray | None, int | None]:
