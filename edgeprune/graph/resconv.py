@@ -30,6 +30,8 @@ from edgeprune.graph.surgery import rebuilt
 
 aten = torch.ops.aten
 _MUL, _ADD = aten.mul.Tensor, aten.add.Tensor
+_WEIGHTED = (*CONVS, *CONV_TRANSPOSES, nn.Linear)
+_AFFINE = (*_WEIGHTED, *BATCH_NORMS)
 
 LARGEST_BRANCH = (
     6  # weighted layers; what has more is a network beside a long shortcut, and its layers count one by one
@@ -43,13 +45,13 @@ class Factor:
     block: name of the block (find_blocks)
     lam:   path of the factor, a parameter of one element
     m:     path of the shortcut's factor, None where the shortcut carries its input as it is
-    norm:  path of the batch norm whose output the factor multiplies, None where there is none
+    leaf:  path of the batch norm or weighted layer whose output the factor multiplies, None where it is another node's
     """
 
     block: str
     lam: str
     m: str | None
-    norm: str | None
+    leaf: str | None
 
 
 def instrument(network: Network) -> Network:
@@ -92,8 +94,8 @@ def factors(network: Network) -> tuple[Factor, ...]:
         scaled = _scaled(network, nodes[block.branch])
         if scaled is not None:
             shortcut = _scaled(network, nodes[block.shortcut])
-            norm = str(scaled[0].target) if _is_a(network, scaled[0], BATCH_NORMS) else None
-            found.append(Factor(block.name, scaled[1], shortcut[1] if shortcut else None, norm))
+            leaf = str(scaled[0].target) if _is_a(network, scaled[0], _AFFINE) else None
+            found.append(Factor(block.name, scaled[1], shortcut[1] if shortcut else None, leaf))
     return tuple(found)
 
 
@@ -107,8 +109,7 @@ def absorb_factors(network: Network) -> Network:
     for factor in factors(new):
         scaled = nodes[blocks[factor.block].branch]
         value = next(n for n in scaled.all_input_nodes if n.op != "get_attr")
-        affine = _is_a(new, value, (*CONVS, *CONV_TRANSPOSES, *BATCH_NORMS, nn.Linear))
-        if affine and len(value.users) == 1 and len(calls[str(value.target)]) == 1:
+        if _is_a(new, value, _AFFINE) and len(value.users) == 1 and len(calls[str(value.target)]) == 1:
             lam = float(operator.attrgetter(factor.lam)(new.module))
             _multiply(new.module.get_submodule(str(value.target)), lam)
             scaled.replace_all_uses_with(value)
@@ -130,9 +131,8 @@ def _multiply(leaf: Any, factor: float) -> None:
 def _branches(network: Network) -> tuple[Block, ...]:
     """The residual branches that are removed whole."""
     nodes = {n.name: n for n in network.module.graph.nodes}
-    weighted = (*CONVS, *CONV_TRANSPOSES, nn.Linear)
     blocks = find_blocks(network)
-    return tuple(b for b in blocks if sum(_is_a(network, nodes[n], weighted) for n in b.nodes) <= LARGEST_BRANCH)
+    return tuple(b for b in blocks if sum(_is_a(network, nodes[n], _WEIGHTED) for n in b.nodes) <= LARGEST_BRANCH)
 
 
 def _layers(network: Network, blocks: Sequence[Block]) -> Iterator[tuple[fx.Node, fx.Node, str | None]]:

@@ -88,7 +88,7 @@ def test_nothing_changes_until_the_factors_do():
     assert torch.equal(outputs(new), outputs(net))
     assert str(net.module.graph) == before
     assert [f.block for f in factors(new)] == LAYERS
-    assert [f.norm for f in factors(new)] == ["same_norm", None, None, "depthwise_norm"]
+    assert [f.leaf for f in factors(new)] == ["same_norm", "bare", "dilated", "depthwise_norm"]
     assert [b.name for b in find_blocks(new)] == LAYERS
     assert operators(new) == operators(net)
     assert not torch.equal(outputs(with_factors(new)), outputs(net))
@@ -213,8 +213,8 @@ def test_what_is_refused_and_why():
         assert words in reasons[path], path
     new = instrument(net)
     assert torch.equal(outputs(new), outputs(net))
-    assert {f.block: (f.m, f.norm) for f in factors(new)} == {
-        "branch": (None, None), "dropped": ("dropped_res.m", "dropped_norm"),
+    assert {f.block: (f.m, f.leaf) for f in factors(new)} == {
+        "branch": (None, "branch"), "dropped": ("dropped_res.m", "dropped_norm"),
     }  # fmt: skip
     assert relative_error(outputs(assert_folds(with_factors(new))), outputs(with_factors(new))) <= 1e-5
 
@@ -226,7 +226,7 @@ def test_residual_branches_get_one_factor_each(projection):
     found = factors(new)
     assert [f.block for f in found] == [b.name for b in find_blocks(net)]
     assert len(found) == 9
-    assert all(f.m is None and f.norm == f"{f.block}.bn2" for f in found)
+    assert all(f.m is None and f.leaf == f"{f.block}.bn2" for f in found)
     assert torch.equal(outputs(new), outputs(net))
     assert operators(new) == operators(net)
     changed = with_factors(new)
@@ -294,7 +294,7 @@ def test_layers_made_to_be_removed_are_found():
     layers = nn.Sequential(nn.Conv2d(3, 8, 3), *(ResConv2d(8, activation=nn.ReLU()) for _ in range(3)))
     net = network(layers, 3, 8, 8)
     assert [f.block for f in factors(net)] == ["1.conv", "2.conv", "3.conv"]
-    assert [f.norm for f in factors(net)] == ["1.norm", "2.norm", "3.norm"]
+    assert [f.leaf for f in factors(net)] == ["1.norm", "2.norm", "3.norm"]
     assert str(instrument(net).module.graph) == str(net.module.graph)
     before, after = operators(net), operators(remove(net, find_blocks(net)[1:]))
     assert (before["Conv"], after["Conv"]) == (4, 2)
