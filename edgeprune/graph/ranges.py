@@ -78,7 +78,7 @@ def _range(module: fx.GraphModule, node: fx.Node, found: dict[fx.Node, Range]) -
     if node.op == "get_attr":
         tensor = operator.attrgetter(str(node.target))(module)
         constant = isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.numel() > 0
-        return (float(tensor.min()), float(tensor.max())) if constant else ANY
+        return (tensor.min().item(), tensor.max().item()) if constant else ANY
     if node.op == "call_module":
         idle = isinstance(module.get_submodule(str(node.target)), DROPOUTS)
         return found[node.args[0]] if idle else ANY  # type: ignore[index]

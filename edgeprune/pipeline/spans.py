@@ -84,12 +84,11 @@ def dissect(network: Network, fusion: Fusion | None = None) -> Anatomy:
     """
     channels, blocks = analyse(network), find_blocks(network)
     folded = fold(network)
-    folded_channels = analyse(folded)
-    index = _match_groups(folded_channels, channels)
+    axes = _Axes(channels, analyse(folded))
     block_of_node = {node: i for i, block in enumerate(blocks) for node in block.nodes}
     group_blocks = _group_blocks(network, channels, block_of_node)
     block_of_node |= _idle_clamps(network, blocks)
-    spans = tuple(_span(site, folded_channels, index, block_of_node) for site in sites(to_onnx(folded), fusion))
+    spans = tuple(_span(site, axes, block_of_node) for site in sites(to_onnx(folded), fusion))
     return Anatomy(network, folded, channels, blocks, spans, group_blocks)
 
 
@@ -108,14 +107,37 @@ def _idle_clamps(network: Network, blocks: Sequence[Block]) -> dict[str, int]:
     return found
 
 
-def _match_groups(folded: Channels, channels: Channels) -> list[int | None]:
-    """Folded group index -> index in the unfolded network; folding keeps producers, so names and sizes agree."""
-    by_name = {g.name: i for i, g in enumerate(channels.groups)}
-    result: list[int | None] = []
-    for group in folded.groups:
-        i = by_name.get(group.name)
-        result.append(i if i is not None and channels.groups[i].size == group.size else None)
-    return result
+class _Axes:
+    """The sizes of the folded network's tensors as functions of the unfolded network's groups.
+
+    A node keeps its name only with its value, and then the unfolded network's labels hold: a shortcut that folding took
+    into a convolution still ties its channels to those of the input. Other nodes have labels in the folded network
+    alone, whose groups are told by name and size.
+    """
+
+    def __init__(self, channels: Channels, folded: Channels):
+        self.channels, self.folded = channels, folded
+        by_name = {g.name: i for i, g in enumerate(channels.groups)}
+        self.index: list[int | None] = []
+        for group in folded.groups:
+            i = by_name.get(group.name)
+            self.index.append(i if i is not None and channels.groups[i].size == group.size else None)
+        self.widths = {i: g.size for i, g in enumerate(channels.groups)}
+
+    def shape(self, node: str) -> tuple[int, ...] | None:
+        labels = self.folded.labels.get(node)
+        return None if labels is None else tuple(labels.shape)
+
+    def axis(self, node: str, dim: int) -> Axis | None:
+        """None when it touches a group that has no counterpart in the unfolded network."""
+        known = self.channels.labels.get(node)
+        if known is not None and tuple(known.shape) == self.shape(node):
+            return self.channels.axis(node, dim)
+        axis = self.folded.axis(node, dim)
+        terms = [(self.index[g], m) for g, m in axis.terms]
+        if any(g is None for g, _ in terms):
+            return None
+        return Axis(tuple(sorted((int(g), m) for g, m in terms if g is not None)), axis.const)
 
 
 def _group_blocks(network: Network, channels: Channels, block_of_node: dict[str, int]) -> tuple[int | None, ...]:
@@ -132,19 +154,20 @@ def _group_blocks(network: Network, channels: Channels, block_of_node: dict[str,
     return tuple(result)
 
 
-def _span(site: Site, channels: Channels, index: Sequence[int | None], block_of_node: dict[str, int]) -> Span:
+def _span(site: Site, axes: _Axes, block_of_node: dict[str, int]) -> Span:
     found: list[tuple[int, int, Axis]] = []
     kernel = site.kernel
     tensors = [*((i, name, kernel.inputs[i]) for i, name in enumerate(site.inputs)), (-1, site.output, kernel.output)]
     for tensor, name, shape in tensors:
-        owner = name if name in channels.labels else name.rpartition(".")[0]  # a step inside one graph node's operator
-        if owner not in channels.labels:
+        # the tensor may be a step inside one graph node's operator
+        owner = name if axes.shape(name) is not None else name.rpartition(".")[0]
+        sizes = axes.shape(owner)
+        if sizes is None:
             continue
-        sizes = channels.labels[owner].shape
         for dim in range(min(len(shape), len(sizes))):
             if shape[dim] != sizes[dim]:
                 continue
-            axis = _translated(channels.axis(owner, dim), index)
+            axis = axes.axis(owner, dim)
             if axis is not None and axis.terms:
                 found.append((tensor, dim, axis))
     block = block_of_node.get(site.anchor_output, block_of_node.get(site.output))
@@ -162,16 +185,9 @@ def _span(site: Site, channels: Channels, index: Sequence[int | None], block_of_
             dimensions.append(Dimension(tensor, dim, variables.index(direction), scale, axis.const))
         elif proportional and tensor >= 0:
             dimensions.append(Dimension(tensor, dim, 0, 1, 0))
-    widths = {i: channels.groups[f].size for f, i in enumerate(index) if i is not None}
-    return Span(site, tuple(variables), tuple(dimensions), tuple(v.at(widths) for v in variables), block, proportional)
-
-
-def _translated(axis: Axis, index: Sequence[int | None]) -> Axis | None:
-    """The axis over the unfolded network's groups; None when it touches a group that has no counterpart."""
-    terms = [(index[g], m) for g, m in axis.terms]
-    if any(g is None for g, _ in terms):
-        return None
-    return Axis(tuple(sorted((int(g), m) for g, m in terms if g is not None)), axis.const)
+    return Span(
+        site, tuple(variables), tuple(dimensions), tuple(v.at(axes.widths) for v in variables), block, proportional
+    )
 
 
 def _direction(axis: Axis) -> tuple[Axis, int]:

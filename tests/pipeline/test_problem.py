@@ -14,6 +14,7 @@ from edgeprune.deploy.export import to_onnx
 from edgeprune.graph.count import count
 from edgeprune.graph.fold import fold
 from edgeprune.graph.lift import lift
+from edgeprune.graph.resconv import factors, instrument
 from edgeprune.latency.fusion import sites
 from edgeprune.latency.kernel import multiply_adds
 from edgeprune.pipeline.apply import apply_plan
@@ -80,11 +81,30 @@ def price(kernel):
     return 1e-4 * size + 1e-6 * (zlib.crc32(kernel.with_attrs(io="").key().encode()) % 97)
 
 
-@pytest.fixture(scope="module", params=[Padded, Mixed], ids=["padded", "mixed"])
+class Plain(nn.Sequential):
+    """No residual branch: every block is a layer with a shortcut that it was given."""
+
+    def __init__(self):
+        super().__init__(
+            nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(),
+            nn.MaxPool2d(2), nn.Conv2d(4, 6, 1), nn.ReLU(), nn.Conv2d(6, 6, 3, padding=1, bias=False), nn.ReLU(),
+            nn.Flatten(), nn.Linear(24, 3),
+        )  # fmt: skip
+
+
+def with_shortcuts(network):
+    new = instrument(network)
+    for factor in factors(new):
+        nn.init.constant_(new.module.get_parameter(factor.m), 0.6)
+    return new
+
+
+@pytest.fixture(scope="module", params=[Padded, Mixed, Plain], ids=["padded", "mixed", "plain"])
 def anatomy(request):
     torch.manual_seed(0)
     size = 8 if request.param is Padded else 4
-    return dissect(lift(request.param().eval(), [(1, 3, size, size)]))
+    network = lift(request.param().eval(), [(1, 3, size, size)])
+    return dissect(with_shortcuts(network) if request.param is Plain else network)
 
 
 def problem_of(anatomy, budget_ms, seed=0):
