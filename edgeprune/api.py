@@ -91,7 +91,8 @@ def compress(
     test:        labelled data for the figures only
     method:      which channels: a key of ``edgeprune.methods.SELECTORS`` (default: the best for what there is)
     planner:     how much of everything is decided: a key of ``edgeprune.methods.PLANNERS`` (default: exact)
-    resolution:  height and width of the compressed network's input: 160, or "160x120"; inputs are resized to it
+    resolution:  height and width of the compressed network's input: 160, or "160x120"; inputs are resized to it;
+        "auto": decided together with depth and width (also by planner "3d")
     images:      calibration images
     minutes, epochs: length of the recovery training (default: 10 minutes; 0 is none)
     out:         directory for the deliverables and for what lets the same call go on after an interruption
@@ -102,7 +103,7 @@ def compress(
     budget, network = parse_budget(latency), _network(model, input_shape)
     method = methods.selector_name(method, data is not None)
     planner = methods.planner_name(planner, data is not None)
-    size = parse_resolution(resolution, network)
+    size = parse_resolution(methods.resolution_for(planner, resolution, data is not None), network)
     if minutes is not None and epochs is not None:
         raise UsageError("--minutes and --epochs exclude each other; give one of them")
     if images < 1:

@@ -115,7 +115,9 @@ def _add_compress(commands: Any) -> None:
     parser.add_argument("--method", help="which channels (default: cap; without --data magnitude)")
     parser.add_argument("--planner", help="how much of everything (default: exact); see `edgeprune methods`")
     parser.add_argument(
-        "--resolution", metavar="HxW", help="input size of the compressed network, smaller than the original's"
+        "--resolution",
+        metavar="HxW",
+        help="the compressed network's input: auto, or a size smaller than the original's",
     )
     parser.add_argument("--images", type=int, default=1024, help="calibration images (default: 1024)")
     parser.add_argument("--minutes", type=float, help="time for recovery training (default: 10; 0: none)")

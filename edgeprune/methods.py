@@ -34,7 +34,7 @@ class Method(Generic[F]):
 
     function: F
     needs: Literal["nothing", "unlabelled data", "training"]
-    decides: Literal["channels", "widths", "widths and blocks"]
+    decides: Literal["channels", "widths", "widths and blocks", "widths, blocks and resolution"]
     minutes: float
     summary: str
     source: str
@@ -80,6 +80,10 @@ PLANNERS: dict[str, Method[Planner]] = {
         flops, "nothing", "widths and blocks", 0.1,
         "exact, but on multiply-adds in place of milliseconds; a baseline", "here",
     ),
+    "3d": Method(
+        exact, "unlabelled data", "widths, blocks and resolution", 4.0,
+        "the resolution that is best together with depth and width, then exact", "Wang et al. 2021",
+    ),
 }  # fmt: skip
 
 DATA_FREE = tuple(name for name, method in SELECTORS.items() if method.needs == "nothing")  # the best first
@@ -115,6 +119,20 @@ def table() -> list[dict[str, Any]]:
         for option, methods in (("--method", SELECTORS), ("--planner", PLANNERS))
         for name, method in methods.items()
     ]
+
+
+def resolution_for(planner: str, given: str | int | None, data: bool) -> str | int | None:
+    """What ``--resolution`` comes to with this planner.
+
+    Raises UsageError where they contradict each other, or where nothing is there to weigh resolutions on.
+    """
+    if PLANNERS[planner].decides == "widths, blocks and resolution":
+        if given not in (None, "auto"):
+            raise UsageError(f"--planner {planner} decides the resolution itself; leave --resolution {given} out")
+        return "auto"
+    if given == "auto" and not data:
+        raise UsageError("--resolution auto weighs resolutions on images; give --data, or a size such as 160")
+    return given
 
 
 def _usable(table: Mapping[str, Method[Any]], option: str, name: str, data: bool, why: str) -> str:

@@ -66,6 +66,8 @@ class Report:
     method, planner: how channels were ranked, and what decided how much of everything stays
     gap:           proven relative gap of the plan, None if it was not planned by the exact solver
     preprocessing: what must be done to inputs that the original did not need; empty for none
+    scaling:       how depth, width and resolution were weighed: the samples, latency's powers, the point chosen; None
+                   where the resolution was not decided
     seconds:       duration by stage
     warnings:      what the user should know
     """
@@ -91,6 +93,7 @@ class Report:
     planner: str | None = None
     gap: float | None = None
     preprocessing: str = ""
+    scaling: Mapping[str, Any] | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
     warnings: Sequence[str] = ()
 
@@ -159,8 +162,18 @@ def render(report: Report) -> str:
         lines.append(
             f"input {' and '.join('x'.join(map(str, s)) for s in report.input_shapes)}: {report.preprocessing}"
         )
+    if report.scaling is not None:
+        lines.append(_weighed(report.scaling))
     lines += [f"warning: {text}" for text in report.warnings]
     return "\n".join(lines)
+
+
+def _weighed(scaling: Mapping[str, Any]) -> str:
+    chosen = scaling["chosen"]
+    return (
+        f"weighed on {len(scaling['samples'])} samples: depth {chosen['depth']:.2f}, width {chosen['width']:.2f}, "
+        f"resolution {chosen['resolution']:.2f} ({chosen['input'][0]}x{chosen['input'][1]})"
+    )
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -27,6 +27,7 @@ from edgeprune.pipeline.certificate import certify
 from edgeprune.pipeline.judging import Judge
 from edgeprune.pipeline.pricing import Pricing
 from edgeprune.pipeline.resolution import metadata
+from edgeprune.pipeline.scaling import choose, score_images
 from edgeprune.pipeline.shrink import Shrunk, shrink, uncut
 from edgeprune.train.config import History, TrainConfig
 from edgeprune.train.config import Progress as Step
@@ -49,7 +50,7 @@ class Job:
     test:     labelled images for the figures only; without it a tenth of ``data`` is held out for them
     images:   how many of ``data`` calibrate selection and refitting
     recovery: how to train, None not at all
-    resolution: the input's height and width of the compressed network, None as it is
+    resolution: the input's height and width of the compressed network; AUTO: decided here; None: as it is
     folder:   where state is kept for the same command to go on with, None nowhere
     """
 
@@ -63,7 +64,7 @@ class Job:
     images: int = 1024
     recovery: TrainConfig | None = None
     seed: int = 0
-    resolution: Size | None = None
+    resolution: Size | str | None = None
     folder: Path | None = None
 
 
@@ -84,6 +85,7 @@ class Outcome:
     history: History | None
     seconds: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    scaling: dict[str, Any] | None = None
 
 
 def run(job: Job, pricing: Pricing, progress: Callback) -> Outcome:
@@ -94,10 +96,7 @@ def run(job: Job, pricing: Pricing, progress: Callback) -> Outcome:
     original.module.eval()
     training, held_out = _splits(job)
     accuracy = {"original": _accuracy(original, held_out)}
-    base = original if job.resolution is None else at_resolution(original, job.resolution)
-    training, held_out = (_seen(data, base) for data in (training, held_out))
-    calibration, labels = _calibration(training, job.images, job.seed)
-    key = workdir.digest(original, _options(job, pricing), calibration[:1])
+    key = workdir.digest(original, _options(job, pricing), _calibration(training, 64, job.seed)[0])
     with clock("export"):
         original_onnx = to_onnx(fold(original)).SerializeToString()
     with clock("measure original"):
@@ -112,11 +111,16 @@ def run(job: Job, pricing: Pricing, progress: Callback) -> Outcome:
         )
     if count := denormals(original):
         warnings.append(f"{count} denormal weights, which slow a runtime several times over, are zero in the ONNX file")
+    with clock("scale"):
+        size, scaling = _resolution(job, key, original_ms, budget_ms, training, pricing, progress)
+    base = original if size is None else at_resolution(original, size)
+    training, held_out = (_seen(data, base) for data in (training, held_out))
+    calibration, labels = _calibration(training, job.images, job.seed)
     with clock("shrink"):
         shrunk = workdir.recall(job.folder, key, original) if job.folder else None
         if shrunk is None:
             judge = Judge(base, SELECTORS[job.method].function, calibration, progress, labels)
-            start_ms = original_ms if job.resolution is None else pricing.clock(base)
+            start_ms = original_ms if size is None else pricing.clock(base)
             if start_ms <= budget_ms:
                 shrunk = uncut(base, original_ms, start_ms)
             else:
@@ -124,7 +128,7 @@ def run(job: Job, pricing: Pricing, progress: Callback) -> Outcome:
                     base, original_ms, budget_ms, pricing, judge.judge, judge.repair, pricing.clock, progress,
                     planner.function, planner.decides != "widths", start_ms,
                 )  # fmt: skip
-            shrunk = replace(shrunk, recipe=replace(shrunk.recipe, resolution=job.resolution))
+            shrunk = replace(shrunk, recipe=replace(shrunk.recipe, resolution=size))
             if job.folder:
                 workdir.store(job.folder, key, shrunk)
     network = shrunk.network.copy()
@@ -142,13 +146,13 @@ def run(job: Job, pricing: Pricing, progress: Callback) -> Outcome:
     similarity = _similarity(original, network, held_out or training)
     with clock("export"):
         folded = fold(network)
-        onnx = to_onnx(folded, metadata=metadata(original, job.resolution)).SerializeToString()
+        onnx = to_onnx(folded, metadata=metadata(original, size)).SerializeToString()
         verification = verify(onnx, folded, calibration[:1])
     with clock("measure"):
         comparison = _final_timing(pricing, {"original": original_onnx, "compressed": onnx}, job.budget)
     return Outcome(
         shrunk, network, onnx, original_onnx, certificate, verification, comparison, budget_ms, accuracy, similarity,
-        history, clock.seconds, warnings,
+        history, clock.seconds, warnings, scaling,
     )  # fmt: skip
 
 
@@ -157,6 +161,24 @@ def _splits(job: Job) -> tuple[DataSet | None, DataSet | None]:
     if job.data is None or job.test is not None or len(job.data) < 20:
         return job.data, job.test
     return job.data.split(0.1, job.seed)
+
+
+def _resolution(
+    job: Job, key: str, original_ms: float, budget_ms: float, training: DataSet | None, pricing: Pricing, say: Callback
+) -> tuple[Size | None, dict[str, Any] | None]:
+    """(the compressed network's input size, None as it is; how it was weighed, None where it was given)."""
+    if job.resolution is None or not isinstance(job.resolution, str):
+        return job.resolution, None
+    assert training is not None
+    found = workdir.recall_scaling(job.folder, key) if job.folder else None
+    if found is None:
+        rest, apart = training.split(score_images(job.network, len(training)) / len(training), job.seed + 1)
+        batches, labels = _calibration(rest, job.images, job.seed)
+        judge = Judge(job.network, SELECTORS[job.method].function, batches, say, labels)
+        found = choose(job.network, original_ms, budget_ms, pricing, judge, pricing.clock, apart, say)
+        if job.folder:
+            workdir.store_scaling(job.folder, key, found)
+    return None if found.size == size_of(job.network) else found.size, found.document
 
 
 def _seen(data: DataSet | None, network: Network) -> DataSet | None:

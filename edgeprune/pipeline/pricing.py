@@ -155,6 +155,11 @@ class Pricing:
         self.model.place([span.site.kernel for span in anatomy.spans])
         self._measure([span.site.kernel for span in anatomy.spans], "measuring kernels")
 
+    def stand_in(self, anatomy: Anatomy, kernels: Sequence[Kernel]) -> None:
+        """Measure what is missing of these kernels, and tell prices as they are in this network."""
+        self.model.place([span.site.kernel for span in anatomy.spans])
+        self.complete(kernels)
+
     def kernel_ms(self, kernel: Kernel) -> float:
         """A kernel's part of a network's latency. Raises TableError naming it when the table cannot price it."""
         return self.model.price(kernel)

@@ -13,22 +13,25 @@ from edgeprune.errors import UsageError
 from edgeprune.graph.network import Network
 from edgeprune.graph.resolution import Size, size_of
 
+AUTO = "auto"
 _PATTERN = re.compile(r"\s*([1-9][0-9]{0,4})\s*(?:[xX]\s*([1-9][0-9]{0,4}))?\s*")
 
 
-def parse_resolution(text: str | int | None, network: Network) -> Size | None:
-    """``160`` or ``160x120`` (height x width) -> a size, None as it is.
+def parse_resolution(text: str | int | None, network: Network) -> Size | str | None:
+    """``160`` or ``160x120`` (height x width) -> a size; AUTO and None stay.
 
     Raises UsageError when the text is no size or not smaller than the network's own, UnsupportedModelError when the
     network's input has no height and width.
     """
     if text is None:
         return None
+    own = size_of(network)
+    if str(text).strip().lower() == AUTO:
+        return AUTO
     match = _PATTERN.fullmatch(str(text))
     if not match:
-        raise UsageError(f"--resolution {text!r}: expected a size such as 160 or 160x120 (height x width)")
+        raise UsageError(f"--resolution {text!r}: expected auto, or a size such as 160 or 160x120 (height x width)")
     size = int(match[1]), int(match[2] or match[1])
-    own = size_of(network)
     if size[0] > own[0] or size[1] > own[1] or size == own:
         raise UsageError(f"--resolution {text}: expected less than the network's own {own[0]}x{own[1]}")
     return size

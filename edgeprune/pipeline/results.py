@@ -62,6 +62,7 @@ class Compression:
             planner=job.planner,
             gap=max((p.gap for p in shrunk.recipe.steps if p.gap is not None), default=None),
             preprocessing=preprocessing(job.network, shrunk.recipe.resolution),
+            scaling=outcome.scaling,
             seconds={k: round(v, 2) for k, v in outcome.seconds.items()},
             warnings=outcome.warnings,
         )

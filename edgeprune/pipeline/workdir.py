@@ -19,11 +19,13 @@ import torch
 from edgeprune.errors import EdgepruneError
 from edgeprune.graph.network import Network
 from edgeprune.pipeline.apply import apply_recipe
+from edgeprune.pipeline.scaling import Scaling
 from edgeprune.pipeline.shrink import Shrunk
 from edgeprune.plan.problem import Recipe
 
 VERSION = 2
 NAME = "shrunk.pt"
+SCALING = "scaling.json"
 
 
 def digest(network: Network, options: dict[str, Any], samples: Iterable[torch.Tensor]) -> str:
@@ -69,9 +71,26 @@ def recall(folder: Path, key: str, original: Network) -> Shrunk | None:
         return None  # whatever is wrong with a kept file, the run can be done again
 
 
+def store_scaling(folder: Path, key: str, scaling: Scaling) -> None:
+    part = folder / (SCALING + ".part")
+    part.write_text(json.dumps({"key": key, "size": scaling.size, "document": scaling.document}))
+    os.replace(part, folder / SCALING)
+
+
+def recall_scaling(folder: Path, key: str) -> Scaling | None:
+    """How the resolution of the run with this key was decided, or None."""
+    try:
+        state = json.loads((folder / SCALING).read_text())
+        height, width = state["size"]
+        return Scaling((int(height), int(width)), state["document"]) if state["key"] == key else None
+    except (OSError, KeyError, TypeError, ValueError):
+        return None
+
+
 def forget(folder: Path) -> None:
     """Shrink anew next time."""
-    (folder / NAME).unlink(missing_ok=True)
+    for name in (NAME, SCALING):
+        (folder / name).unlink(missing_ok=True)
 
 
 def _add_biases(network: Network, weights: dict[str, torch.Tensor]) -> None:

@@ -136,7 +136,7 @@ class PowerLaw:
         return self.full_ms * np.prod(np.asarray(points, dtype=float) ** self.powers, axis=-1)
 
 
-def fit_latency(points: np.ndarray, latencies_ms: Sequence[float]) -> PowerLaw:
+def fit_latency(points: np.ndarray, latencies_ms: np.ndarray | Sequence[float]) -> PowerLaw:
     """Least squares in logarithms; powers are not negative."""
     x = np.log(np.asarray(points, dtype=float))
     system = np.column_stack([np.ones(len(x)), x])
@@ -189,7 +189,9 @@ def elasticities(accuracy: Accuracy, latency: PowerLaw, point: Sequence[float]) 
         return np.asarray(point) * accuracy.gradient(point) / latency.powers
 
 
-def best_points(accuracy: Accuracy, grid: np.ndarray, latencies_ms: Sequence[float], budget_ms: float) -> np.ndarray:
+def best_points(
+    accuracy: Accuracy, grid: np.ndarray, latencies_ms: np.ndarray | Sequence[float], budget_ms: float
+) -> np.ndarray:
     """Indices of the grid points within the budget, the most accurate first; of equals the faster first.
 
     grid: (m, 3) what can really be built, latencies_ms: (m,) by the table. Points outside the sampled box are left

@@ -109,6 +109,38 @@ def test_cut_at_a_smaller_input(net, data, tmp_path):
     assert {n: again.module.state_dict()[n].shape for n in shapes} == shapes
 
 
+def test_the_resolution_decided_with_depth_and_width(net, data, tmp_path):
+    said = []
+    options = {"latency": "45%", "planner": "3d", "epochs": 0, "out": tmp_path}
+    result = compressed(net, data, progress=lambda *s: said.append(s[2]), **options)
+    report = result.report
+    told = report.scaling["chosen"]
+    assert "weighing depth, width and resolution" in said
+    assert (1, 3, *told["input"]) == result.network.input_shapes[0] == tuple(report.input_shapes[0])
+    assert result.recipe.resolution == (None if told["input"] == [32, 32] else tuple(told["input"]))
+    assert {s["resolution"] for s in report.scaling["samples"]} > {1.0}
+    assert told["predicted_ms"] <= told.get("budget_ms", report.budget_ms) * 1.3  # two measurements apart
+    assert report.ratio[0] < 0.6
+    assert report.certificate < 1e-4
+    assert report.verification["error"] < 1e-4
+    model = onnx.load(tmp_path / "model.onnx")
+    assert [d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim] == [1, 3, *told["input"]]
+    assert "weighed on" in result.text()
+    if report.met:
+        said.clear()
+        again = compressed(net, data, progress=lambda *s: said.append(s[2]), **options)
+        assert again.report.scaling == report.scaling
+        assert "weighing depth, width and resolution" not in said
+
+
+def test_deciding_needs_images_and_a_free_hand(net, data):
+    for options in ({"resolution": "auto"}, {"planner": "3d"}):
+        with pytest.raises(UsageError, match="give --data"):
+            api.compress(net, latency="50%", **options)
+    with pytest.raises(UsageError, match="--planner 3d decides the resolution itself; leave --resolution 16 out"):
+        api.compress(net, latency="50%", data=data, planner="3d", resolution="16")
+
+
 def test_a_small_input_that_is_enough_leaves_the_network_whole(net, data):
     result = compressed(net, data, latency="80%", resolution=16, epochs=0)
     assert result.recipe == Recipe((), (16, 16))
@@ -142,10 +174,13 @@ def test_a_network_with_baked_sizes_is_refused(data):
 
     with pytest.raises(UnsupportedModelError, match="baked in.*leave --resolution out"):
         api.compress(Flat().eval(), input_shape=(1, 3, 32, 32), latency="50%", data=data, resolution="24")
+    with pytest.raises(UnsupportedModelError, match="baked in.*leave --resolution out"):
+        api.compress(Flat().eval(), input_shape=(1, 3, 32, 32), latency="50%", data=data, resolution="auto")
 
 
 @pytest.mark.parametrize(
-    ("text", "size"), [("24", (24, 24)), ("24x16", (24, 16)), (" 16 X 32 ", (16, 32)), (24, (24, 24)), (None, None)]
+    ("text", "size"),
+    [("24", (24, 24)), ("24x16", (24, 16)), (" 16 X 32 ", (16, 32)), (24, (24, 24)), (None, None), ("auto", "auto")],
 )
 def test_sizes_as_people_write_them(net, text, size):
     assert parse_resolution(text, net) == size

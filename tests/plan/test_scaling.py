@@ -133,6 +133,18 @@ def test_no_feasible_neighbour_on_the_grid_is_better():
             assert cost > 5.0 or PLANTED(point) <= PLANTED(grid[best])
 
 
+def test_an_axis_without_samples_is_held_to_be_without_effect():
+    points = along_axes([1.0, 0.4, 1.0])
+    points = np.unique(points, axis=0)
+    found = fit_accuracy(points, 0.5 + 0.4 * points[:, 1])
+    grid = np.array([[1, 0.4, 1], [1, 0.7, 1], [1, 1, 1]])
+    np.testing.assert_allclose(found(grid), 0.5 + 0.4 * grid[:, 1], rtol=1e-9)
+    assert best_points(found, grid, [1.0, 2.0, 3.0], 2.5).tolist() == [1, 0]
+    alone = fit_accuracy(np.ones((1, 3)), [0.9])
+    np.testing.assert_allclose(alone(np.ones((4, 3))), np.full(4, 0.9))
+    assert best_points(alone, np.ones((2, 3)), [2.0, 1.0], 2.5).tolist() == [1, 0]
+
+
 def test_points_where_nothing_was_sampled_are_not_chosen():
     grid = np.array([[0.1, 1, 1], [0.3, 1, 1]])
     assert best_points(PLANTED, grid, [1.0, 2.0], 5.0).tolist() == [1]
