@@ -53,12 +53,10 @@ def profile(
     """
     with Pricing(find_target(target, threads), progress) as pricing:
         if model is not None:
-            anatomy = dissect(_network(model, input_shape), pricing.fusion)
-            pricing.calibrate(anatomy, pricing.prepare(anatomy))
-            pricing.settle(anatomy)
+            pricing.complete_table(dissect(_network(model, input_shape), pricing.fusion))
         tally, table = pricing.tally, pricing.table
         return Profile(
-            target, pricing.fingerprint, str(table.path), len(table.rows), tally.known, tally.measured, tally.failed,
+            target, pricing.fingerprint, str(table.path), len(table.rows), tally.measured, tally.failed,
             tally.networks,
         )  # fmt: skip
 

@@ -15,7 +15,7 @@ import json
 import os
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -100,7 +100,17 @@ class MemoryRow:
     time: float = 0.0
 
 
-Row = Measurement | NetworkRow | OverheadRow | MemoryRow
+@dataclass(frozen=True, slots=True)
+class StairsRow:
+    """One network whose stairs are measured and calibrated to the end: the candidate widths of its groups, by name.
+    Written once, so that rows which come later (another network's) move no edge and ask for nothing more."""
+
+    key: str
+    widths: Mapping[str, Sequence[int]]
+    time: float = 0.0
+
+
+Row = Measurement | NetworkRow | OverheadRow | MemoryRow | StairsRow
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +136,7 @@ class LatencyTable:
         self.networks: dict[str, NetworkRow] = {}
         self.overheads: dict[str, OverheadRow] = {}
         self.memory: dict[str, MemoryRow] = {}
+        self.stairs: dict[str, StairsRow] = {}
         self._read_to = 0
         self._reference: _Normal | None = None
         self.reload()
@@ -220,6 +231,8 @@ class LatencyTable:
             return "overhead", self.overheads
         if isinstance(row, MemoryRow):
             return "memory", self.memory
+        if isinstance(row, StairsRow):
+            return "stairs", self.stairs
         return "kernel", self.rows
 
     def _take(self, data: bytes) -> None:
@@ -246,6 +259,8 @@ class LatencyTable:
                 row = OverheadRow(**document)
             elif kind == "memory":
                 row = MemoryRow(**document)
+            elif kind == "stairs":
+                row = StairsRow(**document)
             else:
                 raise ValueError(f"unknown kind {kind!r}")
             self._place(row)[1].setdefault(row.key, row)

@@ -6,6 +6,7 @@ interleaved rounds, and told as its share: on a noisy machine ratios hold where 
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -27,7 +28,7 @@ from edgeprune.latency.networks import Timings, measure_networks
 from edgeprune.latency.predict import LatencyModel
 from edgeprune.latency.stairs import lattice, line_rows
 from edgeprune.latency.sweep import SweepStats, profile
-from edgeprune.latency.table import open_table
+from edgeprune.latency.table import StairsRow, now, open_table
 from edgeprune.pipeline.apply import apply_plan
 from edgeprune.pipeline.problem import Widths, attainable, group_candidates, needed_kernels
 from edgeprune.pipeline.spans import Anatomy
@@ -44,13 +45,11 @@ FULL_GRID = 40  # a two-axis span with this many combinations or fewer is measur
 class Tally:
     """What one ``Pricing`` measured: kernels, whole networks."""
 
-    known: int = 0
     measured: int = 0
     failed: int = 0
     networks: int = 0
 
     def add(self, stats: SweepStats) -> None:
-        self.known += stats.known
         self.measured += stats.measured
         self.failed += stats.failed
 
@@ -90,6 +89,18 @@ class Pricing:
         self.original_ms = timing.median_ms
         return self.original_ms
 
+    def complete_table(self, anatomy: Anatomy) -> None:
+        """Measure all that planning ``anatomy`` needs, calibrate, and write down its candidates, so that neither this
+        nor ``prepare`` measures anything for it again."""
+        key = _key(anatomy)
+        if key not in self.table.stairs:
+            self._calibrate(anatomy, self.prepare(anatomy))
+            self._candidates.clear()
+            self.prepare(anatomy)  # once more, with the rows that calibration added
+            self.table.append([StairsRow(key, self._candidates[anatomy.network.input_shapes], now())])
+        else:
+            self.prepare(anatomy)
+
     def prepare(self, anatomy: Anatomy) -> Sequence[Widths]:
         """Measure what planning ``anatomy`` lacks; the candidate widths of its groups.
 
@@ -97,22 +108,24 @@ class Pricing:
         cut from it keep those that still fit.
         """
         self.model.place([span.site.kernel for span in anatomy.spans])
-        shapes = anatomy.network.input_shapes
-        if shapes not in self._candidates:
-            self._measure(line_rows(anatomy.spans, self.block), "measuring stairs")
-            for _ in range(SETTLING):
-                found = group_candidates(anatomy, self._known_ms)
-                self._candidates[shapes] = {g.name: w for g, w in zip(anatomy.channels.groups, found, strict=True)}
-                if not self._fill(anatomy, self._fitting(anatomy)):
-                    break
+        if (shapes := anatomy.network.input_shapes) not in self._candidates:
+            self._candidates[shapes] = self._decided(anatomy) or self._decide(anatomy)
         candidates = self._fitting(anatomy)
         self._fill(anatomy, candidates)
         return candidates
 
-    def settle(self, anatomy: Anatomy) -> None:
-        """Once more with the table as it is now, so that the next ``prepare`` finds everything measured."""
-        self._candidates.clear()
-        self.prepare(anatomy)
+    def _decided(self, anatomy: Anatomy) -> dict[str, Widths]:
+        row = self.table.stairs.get(_key(anatomy))
+        return {} if row is None else {name: tuple(widths) for name, widths in row.widths.items()}
+
+    def _decide(self, anatomy: Anatomy) -> dict[str, Widths]:
+        self._measure(line_rows(anatomy.spans, self.block), "measuring stairs")
+        names = [g.name for g in anatomy.channels.groups]
+        for _ in range(SETTLING):
+            found = dict(zip(names, group_candidates(anatomy, self._known_ms), strict=True))
+            if not self._fill(anatomy, list(found.values())):
+                break
+        return found
 
     def _fitting(self, anatomy: Anatomy) -> Sequence[Widths]:
         known = self._candidates[anatomy.network.input_shapes]
@@ -126,9 +139,9 @@ class Pricing:
         self.complete(list(needed_kernels(anatomy, candidates).values()))
         return self.tally.measured + self.tally.failed - before
 
-    def calibrate(self, anatomy: Anatomy, candidates: Sequence[Widths]) -> None:
+    def _calibrate(self, anatomy: Anatomy, candidates: Sequence[Widths]) -> None:
         """Time the network and random plans of it whole, once for each network, so that sums of kernels come out
-        right. The same networks are drawn every time, so that doing it again measures nothing."""
+        right. The same networks are drawn every time, so that a sweep that was interrupted goes on."""
         drawn = [anatomy.folded, *(random_network(anatomy, candidates, seed) for seed in range(CALIBRATIONS))]
         models: dict[str, bytes] = {}
         kernels: dict[str, list[str]] = {}
@@ -205,6 +218,15 @@ class Pricing:
             for combination in itertools.product(*counts):
                 rows[span.at(combination)] = None
         return list(rows)
+
+
+def _key(anatomy: Anatomy) -> str:
+    """Of everything that its candidates follow from."""
+    parts = (
+        [(g.name, g.size) for g in anatomy.channels.groups],
+        [(s.site.kernel.key(), s.variables) for s in anatomy.spans],
+    )
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 def random_network(anatomy: Anatomy, candidates: Sequence[Widths], seed: int) -> Network:

@@ -147,7 +147,6 @@ class Profile:
     fingerprint: dict[str, object]
     table: str
     rows: int
-    known: int
     measured: int
     failed: int
     networks: int
@@ -156,9 +155,7 @@ class Profile:
         return asdict(self)
 
     def text(self) -> str:
-        lines = [
-            f"{self.target}: {self.measured} kernels measured, {self.known} known; {self.rows} rows in {self.table}"
-        ]
+        lines = [f"{self.target}: {self.measured or 'no'} kernels measured; {self.rows} in {self.table}"]
         if self.networks:
             lines.append(f"{self.networks} whole networks timed")
         if self.failed:

@@ -14,6 +14,7 @@ from edgeprune.latency.table import (
     MemoryRow,
     NetworkRow,
     OverheadRow,
+    StairsRow,
     open_table,
     shipped_tables,
     table_path,
@@ -79,6 +80,15 @@ def test_two_processes_at_once(tmp_path):
     assert len(table.rows) == 69
     assert len(lines(table)) == 70
     assert all(json.loads(line) for line in lines(table))
+
+
+def test_what_was_decided_first_stays(tmp_path):
+    table = table_of(tmp_path, [conv(16, 16)], lambda k: 0.1)
+    table.append([StairsRow("net", {"conv": (8, 16)})])
+    table.append([StairsRow("net", {"conv": (4, 16)}), StairsRow("other", {})])
+    again = LatencyTable(table.path, FINGERPRINT)
+    assert {key: dict(r.widths) for key, r in again.stairs.items()} == {"net": {"conv": [8, 16]}, "other": {}}
+    assert again.rows == table.rows
 
 
 def test_another_fingerprint_is_refused(tmp_path):
