@@ -13,10 +13,13 @@ from edgeprune.plan.flops import flops
 from edgeprune.plan.greedy import hbgs, hbgts
 from edgeprune.plan.problem import Planner
 from edgeprune.plan.uniform import uniform
+from edgeprune.prune.select.blend import blend
 from edgeprune.prune.select.cap import cap
 from edgeprune.prune.select.curve import Selector
+from edgeprune.prune.select.fp import fp_backward, fp_backward_out, fp_omp, fp_omp_out
 from edgeprune.prune.select.magnitude import magnitude
 from edgeprune.prune.select.taylor import taylor
+from edgeprune.prune.select.thinet import thinet, thinet_omp
 
 F = TypeVar("F")
 
@@ -48,6 +51,34 @@ SELECTORS: dict[str, Method[Selector]] = {
     "taylor": Method(
         taylor, "unlabelled data", "channels", 1.0,
         "how far the output moves without the channel, to first order", "Molchanov et al. 2017",
+    ),
+    "thinet": Method(
+        thinet, "unlabelled data", "channels", 1.2,
+        "greedily, what adds least to the outputs of the layers reading it", "Luo et al. 2017",
+    ),
+    "thinet-omp": Method(
+        thinet_omp, "unlabelled data", "channels", 1.2,
+        "what explains most of those outputs, by matching pursuit", "Luo et al. 2019",
+    ),
+    "blend": Method(
+        blend, "unlabelled data", "channels", 3.0,
+        "a mixture of all these criteria, evolved for each group", "He et al. 2021",
+    ),
+    "fp-backward": Method(
+        fp_backward, "nothing", "channels", 1.0,
+        "drop what the other weights reading the group combine to best", "Purohit et al. 2024",
+    ),
+    "fp-omp": Method(
+        fp_omp, "nothing", "channels", 1.0,
+        "keep what the other weights reading the group are combined from", "Purohit et al. 2024",
+    ),
+    "fp-backward-out": Method(
+        fp_backward_out, "nothing", "channels", 1.0,
+        "as fp-backward, on the filters that make the channels", "Purohit et al. 2024",
+    ),
+    "fp-omp-out": Method(
+        fp_omp_out, "nothing", "channels", 1.0,
+        "as fp-omp, on the filters that make the channels", "Purohit et al. 2024",
     ),
     "magnitude": Method(
         magnitude, "nothing", "channels", 1.0,

@@ -8,6 +8,7 @@ removed run, and then it aims there.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -46,15 +47,12 @@ class Fit:
 
 def find_fits(original: Program, current: Program) -> list[Fit]:
     """All layers of ``current`` that can be refitted, in graph order. Layers called more than once are left alone."""
-    calls: dict[str, int] = {}
-    for node in current.nodes:
-        if node.op == "call_module":
-            calls[str(node.target)] = calls.get(str(node.target), 0) + 1
+    calls = count_calls(current)
     fits = []
     for node in current.nodes:
         if node.op != "call_module" or calls[str(node.target)] > 1 or not refittable(current.leaf(node)):
             continue
-        end, norm = _behind_norm(current, node, calls)
+        end, norm = behind_norm(current, node, calls)
         target, other = _join(current, end, current.order[node.name])
         aim = _aim(original, current, target)
         if aim not in original.order and target is not end:
@@ -67,11 +65,16 @@ def find_fits(original: Program, current: Program) -> list[Fit]:
     return fits
 
 
+def count_calls(program: Program) -> dict[str, int]:
+    """Module path -> how often it is called."""
+    return Counter(str(node.target) for node in program.nodes if node.op == "call_module")
+
+
 def _readers(program: Program, node: fx.Node) -> list[fx.Node]:
     return [u for u in program.users[node.name] if u.op != "call_function" or kind_of(u.target) is not Kind.SIZE]
 
 
-def _behind_norm(program: Program, node: fx.Node, calls: Mapping[str, int]) -> tuple[fx.Node, fx.Node | None]:
+def behind_norm(program: Program, node: fx.Node, calls: Mapping[str, int]) -> tuple[fx.Node, fx.Node | None]:
     """The end of the affine tail layer -> batch norm -> dropout, and that batch norm."""
     end, norm = node, None
     while len(readers := _readers(program, end)) == 1 and readers[0].op == "call_module":

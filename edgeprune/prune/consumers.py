@@ -16,20 +16,24 @@ import torch
 from torch import Tensor, nn
 
 from edgeprune.graph.channels import ChannelGroup
-from edgeprune.prune.gram import Elimination, System, gram, solve_ridge
+from edgeprune.prune.gram import gram, penalties, solver
 from edgeprune.prune.judge import Judge
 from edgeprune.prune.patches import output_places, pack, refittable, rows_at, unpack
 
 MAX_COLUMNS = 4700  # a larger Gram matrix costs more than it is worth: such consumers are cut without a refit
 ROWS = 8192
+RIDGE = 1e-3  # of trial refits and of the selections that foresee them
 
 
 @dataclass
 class Consumer:
-    """One layer that reads the group: ``columns`` (units, block) of its packed weight (p, outputs)."""
+    """One layer that reads the group, or one of a grouped convolution's parts: ``columns`` (units, block) of its packed
+    weight (p, outputs)."""
 
     path: str
     leaf: Any
+    part: int
+    sources: tuple[str, ...]  # names of the nodes it reads, one a call
     columns: Tensor
     packed: Tensor
     gram: Tensor | None  # (p, p) float64; None without data, or where it would be too large
@@ -37,7 +41,8 @@ class Consumer:
 
 
 def find_consumers(judge: Judge | None, program: Any, group: ChannelGroup) -> list[Consumer] | None:
-    """None when a reader of the group cannot be treated (a grouped or transposed convolution, or a shared layer)."""
+    """None when a reader of the group cannot be treated: a transposed convolution, or a grouped one that does not read
+    every unit in each of its parts."""
     calls: dict[str, list[Any]] = {}
     for node in program.nodes:
         if node.op == "call_module":
@@ -48,58 +53,56 @@ def find_consumers(judge: Judge | None, program: Any, group: ChannelGroup) -> li
             continue
         nodes = calls[slot.target]
         leaf = program.leaf(nodes[0])
-        if not refittable(leaf) or getattr(leaf, "groups", 1) != 1:
+        columns = _columns(leaf, torch.from_numpy(slot.index)) if refittable(leaf) else None
+        if columns is None:
             return None
-        packed = pack(leaf).cpu()
-        inputs = leaf.weight.shape[1]
-        taps = (packed.shape[0] - 1) // inputs
-        index = torch.from_numpy(slot.index)
-        columns = (index[:, None, :] + inputs * torch.arange(taps)[None, :, None]).flatten(1)
-        g, energy = None, float(packed[:-1].double().square().sum())
-        if judge is not None and len(packed) <= MAX_COLUMNS:
-            g, energy = _measure(judge, leaf, nodes, packed)
-        found.append(Consumer(slot.target, leaf, columns, packed, g, max(energy, 1e-30)))
+        packed = in_parts(pack(leaf).cpu())
+        sources = tuple(program.sources(n)[0].name for n in nodes)
+        grams: Sequence[Tensor | None] = [None] * len(packed)
+        if judge is not None and packed.shape[1] <= MAX_COLUMNS:
+            grams = _measure(judge, leaf, sources, packed.shape[1])
+        for i, (g, own) in enumerate(zip(grams, packed, strict=True)):
+            found.append(Consumer(slot.target, leaf, i, sources, columns[i], own, g, max(_energy(g, own), 1e-30)))
     return found or None
 
 
-def _measure(judge: Judge, leaf: Any, nodes: Sequence[Any], packed: Tensor) -> tuple[Tensor, float]:
-    total = torch.zeros(len(packed), len(packed), dtype=torch.float64)
-    names = [judge.program.sources(n)[0].name for n in nodes]
+def in_parts(packed: Tensor) -> Tensor:
+    """(parts, ..., ...) of the packed weight or the rows of a layer, one part where it is not grouped."""
+    return packed if packed.dim() == 3 else packed[None]
+
+
+def _columns(leaf: Any, index: Tensor) -> Tensor | None:
+    """(parts, units, block) from the units' input channels (units, multiplicity); None if they differ between parts."""
+    groups, inputs = int(getattr(leaf, "groups", 1)), leaf.weight.shape[1]
+    if index.shape[1] % groups:
+        return None
+    index = index.sort(1).values.reshape(len(index), groups, -1).transpose(0, 1)
+    if bool((index // inputs != torch.arange(groups)[:, None, None]).any()):
+        return None
+    taps = leaf.weight[0, 0].numel()
+    return (index[:, :, None] % inputs + inputs * torch.arange(taps)[:, None]).flatten(2)
+
+
+def _measure(judge: Judge, leaf: Any, names: Sequence[str], p: int) -> list[Tensor]:
+    """A Gram matrix (p, p) of each part's inputs."""
+    total: list[Tensor] = []
     values = judge.values(names)
     for name in names:
-        parts = values[name]
-        where = judge.reference.where(output_places(leaf, parts[0]), max(2048, int(min(ROWS, 1e10 / len(packed) ** 2))))
-        total += gram(rows_at(leaf, parts, where)).cpu()
+        where = judge.reference.where(output_places(leaf, values[name][0]), max(2048, int(min(ROWS, 1e10 / p**2))))
+        found = [gram(rows).cpu() for rows in in_parts(rows_at(leaf, values[name], where))]
+        total = [a + b for a, b in zip(total, found, strict=True)] if total else found
+    return total
+
+
+def _energy(g: Tensor | None, packed: Tensor) -> float:
     w = packed.double()
-    second = (w * (total @ w)).sum()
-    mean = (total[-1] @ w) / total[-1, -1]
-    return total, float(second - total[-1, -1] * mean.square().sum())
+    if g is None:
+        return float(w[:-1].square().sum())
+    mean = (g[-1] @ w) / g[-1, -1]
+    return float((w * (g @ w)).sum() - g[-1, -1] * mean.square().sum())
 
 
-def eliminate(consumers: Sequence[Consumer]) -> tuple[list[int], list[float], Elimination]:
-    """Removal order of the units by the elimination kernel: (unit removed first, ...), cumulated summed relative
-    residuals after each, the last unit left out."""
-    systems = [System(c.gram, c.packed, c.energy, c.columns) for c in consumers if c.gram is not None]
-    kernel = Elimination(systems, ridge=1e-3)
-    units = len(consumers[0].columns)
-    chunk = max(1, units // 64)
-    removed: list[int] = []
-    damage: list[float] = []
-    while len(removed) < units - 1:
-        increases = kernel.increases()
-        count = min(chunk, units - 1 - len(removed))
-        chosen = increases.topk(count, largest=False).indices
-        before = kernel.damage
-        kernel.drop(chosen.tolist())
-        shares = increases[chosen]
-        shares = shares / shares.sum() if float(shares.sum()) > 0 else torch.full_like(shares, 1 / count)
-        for unit, share in zip(chosen.tolist(), shares.cumsum(0).tolist(), strict=True):
-            removed.append(unit)
-            damage.append(before + (kernel.damage - before) * share)
-    return removed, damage, kernel
-
-
-def without_units(consumers: Sequence[Consumer], units: Sequence[int], ridge: float = 1e-3) -> dict[str, nn.Module]:
+def without_units(consumers: Sequence[Consumer], units: Sequence[int], ridge: float = RIDGE) -> dict[str, nn.Module]:
     """Copies of the consumers with the columns of ``units`` at zero and, where there is a Gram matrix, the best
     weights for the rest."""
     modules: dict[str, nn.Module] = {}
@@ -110,11 +113,12 @@ def without_units(consumers: Sequence[Consumer], units: Sequence[int], ridge: fl
         packed = c.packed.clone()
         packed[gone] = 0
         if c.gram is not None and len(gone):
-            inside = c.gram[stays][:, stays]
-            step = solve_ridge(inside, c.gram[stays][:, gone] @ c.packed[gone].double(), ridge)
-            packed[stays] += step.float()
-        weight, bias = unpack(c.leaf, packed)
+            solve = solver(c.gram[stays][:, stays], penalties(c.gram, ridge)[stays])
+            packed[stays] += solve(c.gram[stays][:, gone] @ c.packed[gone].double()).float()
         new = copy.deepcopy(modules.get(c.path, c.leaf))
+        whole = pack(new)
+        in_parts(whole)[c.part].copy_(packed)
+        weight, bias = unpack(new, whole)
         new.weight.data.copy_(weight)
         if new.bias is not None or c.gram is not None:
             new.bias = nn.Parameter(bias.to(new.weight.device), requires_grad=False)

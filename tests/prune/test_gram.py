@@ -1,10 +1,12 @@
 """The elimination kernel and the ridge refits against brute-force refits in float64."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from edgeprune.prune.gram import Elimination, System, gram, ridge_step, solve_ridge
+from edgeprune.prune.gram import Elimination, Selection, System, gram, residuals, ridge_step, solve_ridge
 
 
 def system(seed, n=200, units=6, block=3, outputs=5):
@@ -128,3 +130,112 @@ def test_rank_deficient_gram_is_solved():
 def test_gram_in_chunks_equals_one_product():
     rows = torch.randn(1000, 7, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(gram(rows, chunk=64), (rows.double().T @ rows.double()), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_every_gain_of_a_selection_equals_a_refit(seed):
+    """Units enter one by one beside nothing else; the constant column enters with them only where it is a unit."""
+    rows, s = system(seed)
+    rows, weight = rows[:, :-1], s.weight[:-1]
+    s = System(rows.T @ rows, weight, float((rows @ weight).square().sum()), s.columns)
+    target = (rows @ weight).numpy()
+    kernel = Selection([s], ridge=0.0)
+    inside = []
+    for _ in range(6):
+        changes = kernel.changes()
+        for unit in range(6):
+            if unit in inside:
+                assert torch.isnan(changes[unit])
+                continue
+            fits = []
+            for units in (inside, [*inside, unit]):
+                a = rows[:, s.columns[units].reshape(-1)].numpy()
+                fits.append(np.square(target - a @ np.linalg.lstsq(a, target, rcond=None)[0]).sum())
+            assert float(changes[unit]) == pytest.approx((fits[0] - fits[1]) / s.energy, rel=1e-8, abs=1e-12)
+        inside.append(int(changes.nan_to_num(nan=-1).argmax()))
+        kernel.add(inside[-1:])
+        a = rows[:, s.columns[inside].reshape(-1)].numpy()
+        left = target - a @ np.linalg.lstsq(a, target, rcond=None)[0]
+        outside = [c for c in range(18) if c not in s.columns[inside].reshape(-1).tolist()]
+        np.testing.assert_allclose(kernel.sides[0][outside], rows[:, outside].T.numpy() @ left, rtol=1e-7, atol=1e-8)
+    assert kernel.explained == pytest.approx(1, rel=1e-9)
+
+
+def test_residuals_along_an_order_equal_refits():
+    """With several columns a unit and a constant column that is always in the fit."""
+    rows, s = system(4)
+    order = [3, 0, 5, 1, 4, 2]
+    found = residuals(s, order)
+    assert len(found) == 7
+    assert found[6] == 0
+    for width in range(6):
+        assert float(found[width]) == pytest.approx(brute_force(rows, s, order[width:])[0], rel=1e-8)
+
+
+def test_residuals_with_a_ridge_are_what_elimination_finds():
+    _, s = system(5)
+    s.bias = True
+    kernel = Elimination([s], ridge=0.05)
+    found = residuals(s, [2, 5, 0, 4, 1, 3], ridge=0.05)
+    for width, unit in zip(range(5, 0, -1), [3, 1, 4, 0, 5], strict=True):
+        kernel.drop([unit])
+        assert kernel.damage == pytest.approx(float(found[width]), rel=1e-9)
+
+
+def test_no_ridge_holds_the_constant_column_back():
+    """A unit that is nothing but a large mean is hardly a loss: the bias makes up for it."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(500, 5, generator=generator, dtype=torch.float64) * 30
+    rows[:, 2] = 50 + 1e-3 * rows[:, 2]
+    rows[:, 4] = 1
+    weight = torch.randn(5, 3, generator=generator, dtype=torch.float64)
+    deviations = rows @ weight - (rows @ weight).mean(0)
+    s = System(rows.T @ rows, weight, float(deviations.square().sum()), torch.arange(4)[:, None], bias=True)
+    kernel, held_back = Elimination([s], ridge=1e-2), Elimination([replace(s, bias=False)], ridge=1e-2)
+    assert int(kernel.increases().argmin()) == 2
+    kernel.drop([2])
+    held_back.drop([2])
+    assert kernel.damage < 0.05 < 10 * kernel.damage < held_back.damage
+    torch.testing.assert_close(kernel.weights[0][4], weight[4] + 50 * weight[2], rtol=1e-2, atol=1e-2)
+    assert float((held_back.weights[0][4] - weight[4] - 50 * weight[2]).abs().max()) > 10
+
+
+def test_twins_are_not_dropped_together():
+    """A round of several units must not take two that are only dispensable one at a time."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(400, 40, generator=generator, dtype=torch.float64)
+    rows[:, 20:] = rows[:, :20]
+    weight = torch.randn(40, 6, generator=generator, dtype=torch.float64)
+    s = System(rows.T @ rows, weight, float((rows @ weight).square().sum()), torch.arange(40)[:, None])
+    removed, damage = Elimination([s], ridge=1e-9).order(rounds=5)
+    first = [u % 20 for u in removed[:20]]
+    assert len(set(first)) == 20
+    assert damage[19] < 1e-7 < damage[20]
+
+
+def test_rounds_of_several_units_report_the_damage_of_all_that_went():
+    rows, s = system(6, units=12, block=2)
+    removed, damage = Elimination([s], ridge=0.0).order(rounds=4)
+    assert len(removed) == len(damage) == 11
+    assert damage == sorted(damage)
+    assert damage[-1] == pytest.approx(brute_force(rows, s, removed)[0], rel=1e-8)
+
+
+def test_inverses_are_as_good_after_many_drops_from_a_nearly_singular_matrix():
+    """Ninety columns, thirty of them repeated up to a hair."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(400, 90, generator=generator, dtype=torch.float64)
+    rows[:, 60:] = rows[:, :30] + 1e-7 * rows[:, 60:]
+    weight = torch.randn(90, 4, generator=generator, dtype=torch.float64)
+    energy = float((rows @ weight).square().sum())
+    kernel = Elimination([System(rows.T @ rows, weight, energy, torch.arange(90)[:, None])], ridge=0.0)
+    for unit in range(60, 90):
+        kernel.drop([unit])
+    fresh = torch.linalg.inv(rows[:, :60].T @ rows[:, :60])
+    torch.testing.assert_close(kernel.inverses[0][:60, :60], fresh, rtol=1e-8, atol=1e-12)
+    for unit in (3, 50, 17):
+        kernel.drop([unit])
+    stays = [c for c in range(60) if c not in (3, 50, 17)]
+    a, target = rows[:, stays].numpy(), (rows @ weight).numpy()
+    left = target - a @ np.linalg.lstsq(a, target, rcond=None)[0]
+    assert kernel.damage == pytest.approx(np.square(left).sum() / energy, rel=1e-7)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from edgeprune.graph.channels import ChannelGroup
 from edgeprune.prune.consumers import Consumer
+from edgeprune.prune.gram import System, residuals
 from edgeprune.prune.judge import Judge
 
 
@@ -47,3 +48,8 @@ def from_removals(size: int, removed: Sequence[int], damage: Sequence[float]) ->
     grown = np.maximum.accumulate(np.asarray([0.0, *damage]))
     cost = np.concatenate([[2 * grown[-1]], grown[::-1]])
     return LocalCurve(order, cost)
+
+
+def along(system: System, order: Sequence[int]) -> LocalCurve:
+    """From an order chosen beforehand: what the best fit with the first units leaves of the system's energy."""
+    return LocalCurve(np.asarray(order), residuals(system, order).numpy())

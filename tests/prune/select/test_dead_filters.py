@@ -1,4 +1,4 @@
-"""What every method must get right."""
+"""What every method must get right that looks at who reads a channel."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from edgeprune.prune.judge import Judge
 from edgeprune.prune.sensitivity import rank_groups
 
 
-@pytest.mark.parametrize("method", SELECTORS)
+@pytest.mark.parametrize("method", [name for name in SELECTORS if not name.endswith("-out")])
 def test_filters_nobody_listens_to_go_first(method):
     torch.manual_seed(0)
     module = nn.Sequential(
