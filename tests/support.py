@@ -28,7 +28,9 @@ def allow_torchvision() -> bool:
     spec = importlib.util.find_spec("torchvision")
     if spec is None or not spec.submodule_search_locations:
         return False
-    if not _libraries:
+    version = pathlib.Path(spec.submodule_search_locations[0], "version.py").read_text()
+    cpu_torch, cuda_build = torch.version.cuda is None, "+cu" in version
+    if cpu_torch and cuda_build and not _libraries:  # else its own library declares them, and twice would abort
         registrations = pathlib.Path(spec.submodule_search_locations[0], "_meta_registrations.py").read_text()
         library = torch.library.Library("torchvision", "FRAGMENT")
         for name in sorted(set(re.findall(r'register_(?:meta|fake)\("(?:torchvision::)?(\w+)"', registrations))):
