@@ -30,7 +30,7 @@ class Method(Generic[F]):
     function: what does it
     needs:    the least it works with
     decides:  what of a network it settles
-    minutes:  what it typically takes: ResNet-56 at 32 x 32 to half its latency, 1 024 images, one core
+    minutes:  what it typically adds to a run: ResNet-56 at 32 x 32 to half its latency, 1 024 images, one core
     summary:  one line
     source:   where it was published; "here" if nowhere else
     """
@@ -45,11 +45,11 @@ class Method(Generic[F]):
 
 SELECTORS: dict[str, Method[Selector]] = {
     "cap": Method(
-        cap, "unlabelled data", "channels", 1.0,
+        cap, "unlabelled data", "channels", 0.2,
         "the loss that the layers reading a channel cannot make up for", "Xie et al. 2021",
     ),
     "taylor": Method(
-        taylor, "unlabelled data", "channels", 1.0,
+        taylor, "unlabelled data", "channels", 0.1,
         "how far the output moves without the channel, to first order", "Molchanov et al. 2017",
     ),
     "thinet": Method(
@@ -81,7 +81,7 @@ SELECTORS: dict[str, Method[Selector]] = {
         "as fp-omp, on the filters that make the channels", "Purohit et al. 2024",
     ),
     "magnitude": Method(
-        magnitude, "nothing", "channels", 1.0,
+        magnitude, "nothing", "channels", 0.1,
         "the weights that make a channel, times those that read it", "Li et al. 2017",
     ),
 }  # fmt: skip
@@ -92,11 +92,11 @@ PLANNERS: dict[str, Method[Planner]] = {
         "least summed damage within the budget, with a proven gap", "here",
     ),
     "hbgs": Method(
-        hbgs, "unlabelled data", "widths and blocks", 2.0,
+        hbgs, "unlabelled data", "widths and blocks", 0.5,
         "move by move, least error of the layers next to it per millisecond", "Purohit et al. 2024",
     ),
     "hbgts": Method(
-        hbgts, "unlabelled data", "widths and blocks", 2.0,
+        hbgts, "unlabelled data", "widths and blocks", 1.2,
         "move by move, least error of the final output per millisecond", "Purohit et al. 2024",
     ),
     "cap": Method(
