@@ -99,7 +99,7 @@ def compress(
     lies above the budget, and the other errors of ``edgeprune.errors``.
     """
     budget, network = parse_budget(latency), _network(model, input_shape)
-    method = methods.selector_name(method, data is not None)
+    method = methods.method_name(method, data is not None)
     planner = methods.planner_name(planner, data is not None)
     size = parse_resolution(methods.resolution_for(planner, resolution, data is not None), network)
     if minutes is not None and epochs is not None:

@@ -20,6 +20,8 @@ from edgeprune.prune.select.fp import fp_backward, fp_backward_out, fp_omp, fp_o
 from edgeprune.prune.select.magnitude import magnitude
 from edgeprune.prune.select.taylor import taylor
 from edgeprune.prune.select.thinet import thinet, thinet_omp
+from edgeprune.train.aofp import aofp
+from edgeprune.train.learner import Learner
 
 F = TypeVar("F")
 
@@ -86,6 +88,13 @@ SELECTORS: dict[str, Method[Selector]] = {
     ),
 }  # fmt: skip
 
+LEARNERS: dict[str, Method[Learner]] = {
+    "aofp": Method(
+        Learner(aofp), "training", "widths", 10.0,
+        "random subsets of channels ablated while training goes on", "Ding et al. 2019",
+    ),
+}  # fmt: skip
+
 PLANNERS: dict[str, Method[Planner]] = {
     "exact": Method(
         exact, "nothing", "widths and blocks", 0.1,
@@ -120,18 +129,18 @@ PLANNERS: dict[str, Method[Planner]] = {
 DATA_FREE = tuple(name for name, method in SELECTORS.items() if method.needs == "nothing")  # the best first
 
 
-def selector_name(name: str | None, data: bool) -> str:
-    """The selector to use: ``name``, or the default for what there is.
+def method_name(name: str | None, data: bool) -> str:
+    """The selector or learner to use: ``name``, or the default for what there is.
 
     Raises UsageError for an unknown one, and for one that needs images when there are none.
     """
     if name is None:
         return "cap" if data else DATA_FREE[0]
-    return _usable(SELECTORS, "method", name, data, "chooses by what it sees in images")
+    return _usable(SELECTORS | LEARNERS, "method", name, data, "chooses by what it sees in images")
 
 
 def planner_name(name: str | None, data: bool) -> str:
-    """The planner to use; as ``selector_name``."""
+    """The planner to use; as ``method_name``."""
     return _usable(PLANNERS, "planner", name or "exact", data, "tries its moves on images")
 
 
@@ -147,7 +156,7 @@ def table() -> list[dict[str, Any]]:
             "summary": method.summary,
             "source": method.source,
         }
-        for option, methods in (("--method", SELECTORS), ("--planner", PLANNERS))
+        for option, methods in (("--method", SELECTORS | LEARNERS), ("--planner", PLANNERS))
         for name, method in methods.items()
     ]
 

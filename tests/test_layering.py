@@ -19,7 +19,7 @@ ALLOWED = {
     "prune": {"graph", "plan", "errors"},
     "train": {"graph", "plan", "errors"},
     "deploy": {"graph", "latency", "plan", "errors"},
-    "methods": {"prune", "plan", "errors"},
+    "methods": {"prune", "plan", "train", "errors"},
     "pipeline": {"methods", "prune", "train", "deploy", "graph", "latency", "device", "plan", "errors"},
     "api": {
         "pipeline",

@@ -5,31 +5,31 @@ import pytest
 
 import edgeprune
 from edgeprune.errors import UsageError
-from edgeprune.methods import DATA_FREE, PLANNERS, SELECTORS, planner_name, selector_name
+from edgeprune.methods import DATA_FREE, LEARNERS, PLANNERS, SELECTORS, method_name, planner_name
 
-TABLES = {"--method": SELECTORS, "--planner": PLANNERS}
+TABLES = {"--method": SELECTORS | LEARNERS, "--planner": PLANNERS}
 PAGE = (pathlib.Path(__file__).resolve().parent.parent / "docs" / "methods.md").read_text()
 
 
 def test_the_default_depends_on_the_data():
-    assert selector_name(None, data=True) == "cap"
-    assert selector_name(None, data=False) == DATA_FREE[0]
+    assert method_name(None, data=True) == "cap"
+    assert method_name(None, data=False) == DATA_FREE[0]
 
 
 def test_a_method_that_needs_images_says_so():
-    assert selector_name("cap", data=True) == "cap"
+    assert method_name("cap", data=True) == "cap"
     with pytest.raises(UsageError, match="--method cap chooses by what it sees in images; give --data, or use "):
-        selector_name("cap", data=False)
+        method_name("cap", data=False)
 
 
 @pytest.mark.parametrize("name", DATA_FREE)
 def test_data_free_methods_go_without(name):
-    assert selector_name(name, data=False) == name
+    assert method_name(name, data=False) == name
 
 
 def test_unknown_method():
     with pytest.raises(UsageError, match=f"known methods: {', '.join(SELECTORS)}"):
-        selector_name("luck", data=True)
+        method_name("luck", data=True)
 
 
 def test_planners_are_checked_in_the_same_way():

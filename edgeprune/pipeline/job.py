@@ -20,11 +20,12 @@ from edgeprune.graph.fold import denormals, fold
 from edgeprune.graph.network import Network
 from edgeprune.graph.resolution import Size, at_resolution, size_of
 from edgeprune.latency.networks import Timings
-from edgeprune.methods import PLANNERS, SELECTORS
+from edgeprune.methods import LEARNERS, PLANNERS, SELECTORS
 from edgeprune.pipeline import workdir
 from edgeprune.pipeline.budget import Budget
 from edgeprune.pipeline.certificate import certify
 from edgeprune.pipeline.judging import Judge
+from edgeprune.pipeline.learned import after_search, search_and_shrink
 from edgeprune.pipeline.pricing import Pricing
 from edgeprune.pipeline.resolution import metadata
 from edgeprune.pipeline.scaling import choose, score_images
@@ -44,12 +45,12 @@ FINAL_ROUNDS = 30
 class Job:
     """What is asked.
 
-    method:   which channels, a key of ``methods.SELECTORS``
+    method:   which channels, a key of ``methods.SELECTORS``, or of ``methods.LEARNERS``, which needs data and training
     planner:  how much of everything, a key of ``methods.PLANNERS``
     data:     images for selection, refitting and training; None: selection looks at the weights alone
     test:     labelled images for the figures only; without it a tenth of ``data`` is held out for them
     images:   how many of ``data`` calibrate selection and refitting
-    recovery: how to train, None not at all
+    recovery: how to train, None not at all; a learner's search is part of it
     resolution: the input's height and width of the compressed network; AUTO: decided here; None: as it is
     folder:   where state is kept for the same command to go on with, None nowhere
     """
@@ -66,6 +67,17 @@ class Job:
     seed: int = 0
     resolution: Size | str | None = None
     folder: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.method not in LEARNERS:
+            return
+        if self.data is None or self.recovery is None:
+            raise UsageError(f"--method {self.method} trains while it chooses: it needs --data, and --minutes above 0")
+        if PLANNERS[self.planner].needs != "nothing":
+            raise UsageError(
+                f"--planner {self.planner} tries its moves before anything is trained, and --method {self.method} "
+                "decides by training; use --planner exact"
+            )
 
 
 @dataclass(slots=True)
@@ -90,7 +102,7 @@ class Outcome:
 
 def run(job: Job, pricing: Pricing, progress: Callback) -> Outcome:
     """Compress ``job.network``. Raises every error of the tree in errors.py but UsageError for options."""
-    clock, planner = _Stopwatch(), PLANNERS[job.planner]
+    clock = _Stopwatch()
     warnings: list[str] = []
     original = job.network
     original.module.eval()
@@ -116,31 +128,32 @@ def run(job: Job, pricing: Pricing, progress: Callback) -> Outcome:
     base = original if size is None else at_resolution(original, size)
     training, held_out = (_seen(data, base) for data in (training, held_out))
     calibration, labels = _calibration(training, job.images, job.seed)
+    instrument = LEARNERS[job.method].function.instrument if job.method in LEARNERS else None
+    start = base if instrument is None else instrument(base)
     with clock("shrink"):
-        shrunk = workdir.recall(job.folder, key, original) if job.folder else None
+        shrunk = workdir.recall(job.folder, key, start) if job.folder else None
         if shrunk is None:
-            judge = Judge(base, SELECTORS[job.method].function, calibration, progress, labels)
-            start_ms = original_ms if size is None else pricing.clock(base)
+            start_ms = original_ms if size is None else pricing.clock(start)
             if start_ms <= budget_ms:
-                shrunk = uncut(base, original_ms, start_ms)
+                shrunk = uncut(start, original_ms, start_ms)
             else:
-                shrunk = shrink(
-                    base, original_ms, budget_ms, pricing, judge.judge, judge.repair, pricing.clock, progress,
-                    planner.function, planner.decides != "widths", start_ms,
-                )  # fmt: skip
+                shrunk = _shrunk(
+                    job, pricing, base, start, start_ms, budget_ms, training, calibration, labels, key, progress
+                )
             shrunk = replace(shrunk, recipe=replace(shrunk.recipe, resolution=size))
             if job.folder:
                 workdir.store(job.folder, key, shrunk)
     network = shrunk.network.copy()
-    certificate = certify(base, shrunk.recipe)
+    certificate = certify(start, shrunk.recipe)
     accuracy["shrunk"] = _accuracy(network, held_out)
-    history = None
+    config, history = job.recovery, None
+    if config is not None and shrunk.learning is not None:
+        config = after_search(config, shrunk.learning)
+        warnings += shrunk.learning.notes
     with clock("recover"):
-        if job.recovery is not None and training is not None:
-            checkpoint = (
-                job.folder / f"training-{_training_key(job.recovery, shrunk, training)}.pt" if job.folder else None
-            )
-            history = _recover(original, network, training, job.recovery, checkpoint, progress)
+        if config is not None and training is not None:
+            checkpoint = job.folder / f"training-{_training_key(config, shrunk, training)}.pt" if job.folder else None
+            history = _recover(original, network, training, config, checkpoint, progress)
             warnings += history.notes
     accuracy["final"] = _accuracy(network, held_out) if history else accuracy["shrunk"]
     similarity = _similarity(original, network, held_out or training)
@@ -174,7 +187,9 @@ def _resolution(
     if found is None:
         rest, apart = training.split(score_images(job.network, len(training)) / len(training), job.seed + 1)
         batches, labels = _calibration(rest, job.images, job.seed)
-        judge = Judge(job.network, SELECTORS[job.method].function, batches, say, labels)
+        judge = Judge(
+            job.network, SELECTORS[job.method if job.method in SELECTORS else "cap"].function, batches, say, labels
+        )
         found = choose(job.network, original_ms, budget_ms, pricing, judge, pricing.clock, apart, say)
         if job.folder:
             workdir.store_scaling(job.folder, key, found)
@@ -184,6 +199,37 @@ def _resolution(
 def _seen(data: DataSet | None, network: Network) -> DataSet | None:
     """The data at the size that ``network`` takes."""
     return data if data is None or data.input_shape == network.input_shapes[0] else data.resized(*size_of(network))
+
+
+def _shrunk(
+    job: Job,
+    pricing: Pricing,
+    base: Network,
+    start: Network,
+    start_ms: float,
+    budget_ms: float,
+    data: DataSet | None,
+    calibration: list[torch.Tensor],
+    labels: torch.Tensor | None,
+    key: str,
+    progress: Callback,
+) -> Shrunk:
+    """base: the original at the size that is asked for; start: what plans are made for."""
+    planner = PLANNERS[job.planner]
+    if job.method not in LEARNERS:
+        judge = Judge(start, SELECTORS[job.method].function, calibration, progress, labels)
+        return shrink(
+            start, pricing.original_ms, budget_ms, pricing, judge.judge, judge.repair, pricing.clock, progress,
+            planner.function, planner.decides != "widths", start_ms,
+        )  # fmt: skip
+    assert data is not None
+    assert job.recovery is not None
+    learner = LEARNERS[job.method]
+    return search_and_shrink(
+        start, base, pricing.original_ms, start_ms, budget_ms, pricing, learner.function, data, job.recovery,
+        job.folder / f"search-{key}.pt" if job.folder else None, pricing.clock, progress, planner.function,
+        "widths" not in (learner.decides, planner.decides),
+    )  # fmt: skip
 
 
 def _training_key(config: TrainConfig, shrunk: Shrunk, data: DataSet) -> str:
@@ -208,6 +254,7 @@ def _options(job: Job, pricing: Pricing) -> dict[str, Any]:
         "images": job.images,
         "seed": job.seed,
         "resolution": job.resolution,
+        "training": job.recovery.digest() if job.method in LEARNERS and job.recovery else None,
         "data": None if job.data is None else [job.data.name, len(job.data)],
     }
 

@@ -22,6 +22,7 @@ from edgeprune.pipeline.problem import Widths, build_problem
 from edgeprune.pipeline.spans import Anatomy, dissect
 from edgeprune.plan.exact import evaluate, exact, smallest
 from edgeprune.plan.problem import Plan, Planner, Problem, Ranking, Recipe, Trials
+from edgeprune.train.config import History
 
 ROUND_SHARE = 0.85  # a round leaves at least about this share of the latency it starts with
 
@@ -52,7 +53,8 @@ class Judgement:
 @dataclass(frozen=True, slots=True)
 class Shrunk:
     """recipe: what was done to the original. network: cut, repaired, not yet trained; its latency as the table predicts
-    it, told as a share of the original's (the machine's drift is in neither), and as measured, in ms."""
+    it, told as a share of the original's (the machine's drift is in neither), and as measured, in ms. learning: the
+    training by which a learner decided."""
 
     recipe: Recipe
     network: Network
@@ -60,6 +62,7 @@ class Shrunk:
     measured_ms: float
     rounds: int
     attempts: tuple[Attempt, ...]
+    learning: History | None = None
 
 
 def shrink(
@@ -74,6 +77,7 @@ def shrink(
     planner: Planner = exact,
     removes_blocks: bool = True,
     start_ms: float | None = None,
+    rounds: int | None = None,
 ) -> Shrunk:
     """Cut ``original`` until ``clock`` (ms of a network timed whole) is within ``budget_ms``.
 
@@ -82,14 +86,15 @@ def shrink(
     planner: decides how much of everything, once in every round; every attempt of the last one asks the same plans
     removes_blocks: whether the planner does
     start_ms: of ``original`` where that is not what ``original_ms`` was measured of: at a smaller input
+    rounds: how many (default: by how far it is)
     Raises BudgetUnreachableError before any other work, BudgetMissedError when no plan measures within the budget.
     """
     anatomy = dissect(original, prices.fusion)
     candidates = prices.prepare(anatomy)
     start_ms = original_ms if start_ms is None else start_ms
     correction = start_ms / predicted_ms(anatomy, prices)
-    _refuse_unreachable(anatomy, candidates, prices, correction, original_ms, budget_ms, removes_blocks)
-    rounds = max(1, math.ceil(math.log(budget_ms / start_ms) / math.log(ROUND_SHARE) - 0.2))
+    refuse_unreachable(anatomy, candidates, prices, correction, original_ms, budget_ms, removes_blocks)
+    rounds = rounds or max(1, math.ceil(math.log(budget_ms / start_ms) / math.log(ROUND_SHARE) - 0.2))
     state = State(original)
     for step in range(1, rounds):
         progress(step - 1, rounds, "planning")
@@ -141,7 +146,7 @@ def problem_of(anatomy: Anatomy, candidates: Sequence[Widths], prices: Prices, j
     )
 
 
-def _refuse_unreachable(
+def refuse_unreachable(
     anatomy: Anatomy,
     candidates: Sequence[Widths],
     prices: Prices,
@@ -150,6 +155,7 @@ def _refuse_unreachable(
     budget_ms: float,
     removes_blocks: bool,
 ) -> None:
+    """Raise BudgetUnreachableError when no plan over the candidates can be fast enough."""
     free = {g.name: Ranking.free(g.size) for g in anatomy.channels.groups}
     nothing = Judgement(free, {b.name: 0.0 for b in anatomy.blocks if removes_blocks})
     floor_ms = smallest(problem_of(anatomy, candidates, prices, nothing)) * correction

@@ -22,6 +22,7 @@ from edgeprune.pipeline.apply import apply_recipe
 from edgeprune.pipeline.scaling import Scaling
 from edgeprune.pipeline.shrink import Shrunk
 from edgeprune.plan.problem import Recipe
+from edgeprune.train.config import History
 
 VERSION = 2
 NAME = "shrunk.pt"
@@ -46,6 +47,7 @@ def store(folder: Path, key: str, shrunk: Shrunk) -> None:
         "predicted_share": shrunk.predicted_share,
         "measured_ms": shrunk.measured_ms,
         "rounds": shrunk.rounds,
+        "learning": None if shrunk.learning is None else shrunk.learning.to_dict(),
         "weights": shrunk.network.module.state_dict(),
     }
     part = folder / "shrunk.pt.part"
@@ -66,7 +68,8 @@ def recall(folder: Path, key: str, original: Network) -> Shrunk | None:
         network = apply_recipe(original, recipe)
         _add_biases(network, state["weights"])
         network.module.load_state_dict(state["weights"])
-        return Shrunk(recipe, network, state["predicted_share"], state["measured_ms"], state["rounds"], ())
+        learning = None if state["learning"] is None else History(**state["learning"])
+        return Shrunk(recipe, network, state["predicted_share"], state["measured_ms"], state["rounds"], (), learning)
     except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError, EdgepruneError):
         return None  # whatever is wrong with a kept file, the run can be done again
 

@@ -1,0 +1,109 @@
+"""Compressing by a method that trains: search under the target's prices, then the usual plan, closed by measurement.
+
+The search gets a share of the time for training, recovery after the cut gets what it leaves. What the learner found
+comes as rankings and damages; so the exact planner repeats the learner's own end where that measures within the
+budget, and goes a step further or back where it does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from edgeprune.graph.network import Network
+from edgeprune.pipeline.apply import State
+from edgeprune.pipeline.fit import AIM
+from edgeprune.pipeline.problem import Widths
+from edgeprune.pipeline.shrink import Judgement, Prices, Shrunk, predicted_ms, problem_of, refuse_unreachable, shrink
+from edgeprune.pipeline.spans import Anatomy, dissect
+from edgeprune.plan.exact import evaluate
+from edgeprune.plan.problem import Planner, Ranking
+from edgeprune.train.config import History, Progress, TrainConfig
+from edgeprune.train.dataset import DataSet
+from edgeprune.train.learner import Learner, Lesson, Price
+
+SEARCH_SHARE = 0.5  # of the training time, at most
+LEAST_RECOVERY = 0.1
+
+
+def search_and_shrink(
+    start: Network,
+    original: Network,
+    original_ms: float,
+    start_ms: float,
+    budget_ms: float,
+    prices: Prices,
+    learner: Learner,
+    data: DataSet,
+    config: TrainConfig,
+    checkpoint: Path | None,
+    clock: Callable[[Network], float],
+    progress: Callable[[float, float, str], None],
+    planner: Planner,
+    removes_blocks: bool,
+) -> Shrunk:
+    """As ``shrink``, with a learner in place of the judge; ``Shrunk.learning`` tells of its training.
+
+    start:  what the learner made of the original to learn from, of ``start_ms``; the recipe is made for it
+    config: of the search and the recovery together
+    removes_blocks: whether both learner and planner do
+    """
+    anatomy = dissect(start, prices.fusion)
+    candidates = prices.prepare(anatomy)
+    correction = start_ms / predicted_ms(anatomy, prices)
+    refuse_unreachable(anatomy, candidates, prices, correction, original_ms, budget_ms, removes_blocks)
+
+    def report(step: Progress) -> None:
+        progress(step.step, step.steps, "searching")
+
+    widths = {g.name: w for g, w in zip(anatomy.channels.groups, candidates, strict=True)}
+    price = pricing_of(anatomy, candidates, prices, correction)
+    learned = learner.train(
+        Lesson(start, original, data, widths, price, AIM * budget_ms, _search(config), checkpoint, report)
+    )
+
+    def judge(state: State, anatomy: Anatomy, candidates: Sequence[Widths]) -> Judgement:
+        return Judgement(learned.rankings, learned.block_damage)
+
+    shrunk = shrink(
+        learned.network, original_ms, budget_ms, prices, judge, lambda state: state.network, clock, progress, planner,
+        removes_blocks, start_ms, rounds=1,
+    )  # fmt: skip
+    return replace(shrunk, learning=learned.history)
+
+
+def pricing_of(anatomy: Anatomy, candidates: Sequence[Widths], prices: Prices, correction: float) -> Price:
+    """(group name -> width, groups not named are whole; names of removed blocks) -> ms: the table's, times
+    ``correction``."""
+    free = {g.name: Ranking.free(g.size) for g in anatomy.channels.groups}
+    problem = problem_of(anatomy, candidates, prices, Judgement(free, {b.name: 0.0 for b in anatomy.blocks}))
+
+    def latency_ms(widths: Mapping[str, int], removed: Collection[str]) -> float:
+        return evaluate(problem, widths, removed)[0] * correction
+
+    return latency_ms
+
+
+def after_search(config: TrainConfig, learning: History) -> TrainConfig:
+    """What a search leaves of the training that was asked for."""
+    unit, length = _length(config)
+    spent = {"minutes": learning.seconds / 60, "epochs": learning.epochs, "steps": float(learning.steps)}[unit]
+    return _lasting(config, unit, max(length - spent, LEAST_RECOVERY * length))
+
+
+def _search(config: TrainConfig) -> TrainConfig:
+    unit, length = _length(config)
+    return _lasting(config, unit, SEARCH_SHARE * length)
+
+
+def _length(config: TrainConfig) -> tuple[str, float]:
+    """(unit, how many of it)."""
+    given = {"minutes": config.minutes, "epochs": config.epochs, "steps": config.steps}
+    return next(((unit, float(length)) for unit, length in given.items() if length is not None), ("epochs", 5.0))
+
+
+def _lasting(config: TrainConfig, unit: str, length: float) -> TrainConfig:
+    if unit == "steps":
+        return replace(config, steps=max(1, round(length)))
+    return replace(config, minutes=length) if unit == "minutes" else replace(config, epochs=length)

@@ -1,0 +1,239 @@
+"""What it does to the next layers when some units of a channel group are held at zero, seen beside a training step.
+
+Masks lie on the inputs of the layers that read a group, so that a masked unit gives nothing to anyone and gets no
+gradient. While the student answers a batch its readers' inputs and outputs are noted; afterwards the readers alone run
+once more with some units ablated, and what comes out of them, after their batch norm and activation where these follow
+directly, is compared with what came out before. The batch norm uses the statistics it used in the pass itself, and
+nothing of the student is changed.
+
+Source: Ding et al., "Approximated Oracle Filter Pruning" (ICML 2019): ``t = sum (Z - Z_ablated)^2 / sum Z^2``, Z the
+next layer's output. The authors' code for PyTorch normalises the ablated pass by its own batch statistics and lets it
+move the running ones; here it does neither.
+
+Shapes: x (N, ...) inputs; draws (parts, units of the group) bool: the images of a batch are divided among the parts,
+and each part gives one ratio of sums.
+
+Deviations: a group may have several readers, as the trunk of a residual network has: their outputs count as one long
+vector. A batch counts as several draws, each on a part of its images, since what differs between draws is mostly the
+units drawn and not the images. A grouped or depthwise convolution on the way belongs to the group and is run through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from edgeprune.graph.channels import ChannelGroup, Channels
+from edgeprune.graph.network import BATCH_NORMS, Network
+from edgeprune.graph.ops import name_of
+
+_ACTIVATIONS = """
+    relu relu6 hardtanh leaky_relu elu selu celu gelu silu mish hardsigmoid hardswish sigmoid tanh softplus
+    """
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """One call of a layer that reads a group.
+
+    call:   which of the calls of its module
+    index:  (units, multiplicity) positions of the group's units along its input channels
+    norm, activation: what directly follows
+    output: (channels,) the global unit of each output channel, -1 where it belongs to no group; empty if none does
+    """
+
+    path: str
+    call: int
+    index: np.ndarray
+    norm: nn.Module | None
+    activation: fx.Node | None
+    output: np.ndarray
+
+
+def find_readers(network: Network, channels: Channels, group: ChannelGroup) -> list[Reader]:
+    """All calls of convolutions and linear layers that mix the group's channels."""
+    calls = network.modules_called()
+    found = []
+    for slot in group.slots:
+        for call, node in enumerate(calls.get(slot.target, []) if slot.role == "in" else []):
+            norm = _norm_after(network, node)
+            activation = _only_user(node if norm is None else next(iter(node.users)))
+            if activation is not None and not _is_activation(activation):
+                activation = None
+            vector = channels.vector(node.name)
+            output = np.empty(0, np.int64) if vector is None else vector[1]
+            found.append(Reader(slot.target, call, slot.index, norm, activation, output))
+    return found
+
+
+def _norm_after(network: Network, node: fx.Node) -> nn.Module | None:
+    user = _only_user(node)
+    leaf = network.module.get_submodule(str(user.target)) if user is not None and user.op == "call_module" else None
+    return leaf if isinstance(leaf, BATCH_NORMS) else None
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _is_activation(node: fx.Node) -> bool:
+    return (
+        node.op == "call_function" and name_of(node.target) in _ACTIVATIONS.split() and len(node.all_input_nodes) == 1
+    )
+
+
+class Ablation:
+    """Masks and scores of some groups of a student, while ``attached``.
+
+    masked: (all units of all groups + 1,) bool, as ``Channels.removed`` counts them; the last one is never masked
+    watching: whether the coming passes in training mode are noted
+    """
+
+    def __init__(self, network: Network, channels: Channels, groups: Sequence[ChannelGroup]) -> None:
+        self.module, self.channels = network.module, channels
+        self.offsets = {g.name: o for g, o in zip(channels.groups, channels.offsets, strict=True)}
+        self.readers = {g.name: find_readers(network, channels, g) for g in groups}
+        self.indices = {g.name: {r.path: r.index for r in self.readers[g.name]} for g in groups}
+        self.widths = {
+            path: _input_channels(network.module.get_submodule(path))
+            for path in {r.path for readers in self.readers.values() for r in readers}
+        }
+        self.watching = False
+        self._noted: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        self.mask({})
+
+    def mask(self, alive: Mapping[str, np.ndarray]) -> None:
+        """Hold the units that are not alive at zero; alive: group name -> (units,) bool, groups not named are whole."""
+        self.masked = np.zeros(sum(g.size for g in self.channels.groups) + 1, bool)
+        keeps = {path: np.ones(width, np.float32) for path, width in self.widths.items()}
+        for name, units in alive.items():
+            self.masked[self.offsets[name] : self.offsets[name] + len(units)] = ~units
+            for path, index in self.indices[name].items():
+                keeps[path][index[~units].ravel()] = 0
+        self._keep = {path: torch.from_numpy(keep) for path, keep in keeps.items() if not keep.all()}
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Masks act, on the student and on copies made of it meanwhile; only the student's own passes are noted."""
+        handles = []
+        for path in self.widths:
+            leaf = self.module.get_submodule(path)
+            before, after = self._hooks(path, leaf)
+            handles += [leaf.register_forward_pre_hook(before), leaf.register_forward_hook(after)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _hooks(self, path: str, own: nn.Module) -> tuple[Any, Any]:
+        # functions and not methods: a copy of the module must not copy all of this
+        def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+            keep = self._keep.get(path)
+            return None if keep is None else (inputs[0] * _along(module, keep.to(inputs[0]), inputs[0]),)
+
+        def after(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            if self.watching and module is own and module.training:
+                self._noted.setdefault(path, []).append((inputs[0].detach(), output.detach()))
+
+        return before, after
+
+    def forget(self) -> None:
+        """Let go of the pass that was noted."""
+        self._noted = {}
+
+    def divisible(self, group: str, images: int) -> bool:
+        """Whether the first dimension of all that the group's readers saw is that of the batch."""
+        return all(len(self._noted[r.path][r.call][0]) == images for r in self.readers[group])
+
+    @torch.no_grad()
+    def damage(self, group: str, drawn: np.ndarray) -> np.ndarray:
+        """(parts,) float64: the relative change of the readers' outputs when each part of the images goes without the
+        units drawn for it. The parts are equally large, to one image; there must not be more of them than images."""
+        change, energy = np.zeros(len(drawn)), np.zeros(len(drawn))
+        for reader in self.readers[group]:
+            x, y = self._noted[reader.path][reader.call]
+            keep = np.ones((len(drawn), self.widths[reader.path]), np.float32)
+            for part, units in enumerate(drawn):
+                keep[part, reader.index[units].ravel()] = 0
+            part_of_row = torch.arange(len(x)) * len(drawn) // len(x)
+            leaf = self.module.get_submodule(reader.path)
+            rows = torch.from_numpy(keep)[part_of_row].to(x) if len(drawn) > 1 else torch.from_numpy(keep).to(x)
+            ablated = leaf.forward(x * _along(leaf, rows, x))
+            tail = self._tail(reader, leaf, y)
+            base, other = tail(y), tail(ablated)
+            for total, values in ((change, base - other), (energy, base)):
+                sums = values.square().flatten(1).sum(1, dtype=torch.float64).cpu()
+                total += torch.zeros(len(drawn), dtype=torch.float64).index_add_(0, part_of_row, sums).numpy()
+        return np.divide(change, energy, out=np.where(change > 0, np.inf, 0.0), where=energy > 0)
+
+    def _tail(self, reader: Reader, leaf: nn.Module, y: Tensor) -> Any:
+        """What follows a reader, as a function of its output, with the statistics of ``y``."""
+        scale = shift = None
+        if reader.norm is not None:
+            scale, shift = _normaliser(reader.norm, y)
+        stays = None
+        if self.masked[reader.output].any():
+            stays = torch.from_numpy(~self.masked[reader.output]).to(y)
+
+        def tail(value: Tensor) -> Tensor:
+            if scale is not None and shift is not None:
+                value = value * _along(leaf, scale, value) + _along(leaf, shift, value)
+            if reader.activation is not None:
+                node = reader.activation
+                args = [value if isinstance(a, fx.Node) else a for a in node.args]
+                value = node.target(*args, **node.kwargs)  # type: ignore[operator]
+            return value if stays is None else value * _along(leaf, stays, value)
+
+        return tail
+
+
+def _normaliser(norm: Any, y: Tensor) -> tuple[Tensor, Tensor]:
+    """(scale, shift), (channels,) each, of a batch norm for a batch ``y`` (N, channels, ...)."""
+    if norm.training or norm.running_mean is None:
+        dims = [d for d in range(y.dim()) if d != 1]
+        mean, var = y.mean(dims), y.var(dims, correction=0)
+    else:
+        mean, var = norm.running_mean, norm.running_var
+    scale = (var + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight
+    return scale, -mean * scale if norm.bias is None else norm.bias - mean * scale
+
+
+def _along(leaf: nn.Module, values: Tensor, x: Tensor) -> Tensor:
+    """Values (channels,) or (rows, channels), shaped to be multiplied with what ``leaf`` reads or gives."""
+    if isinstance(leaf, nn.Linear):
+        return values if values.dim() == 1 else values.reshape(len(values), *(1,) * (x.dim() - 2), -1)
+    rows = 1 if values.dim() == 1 else len(values)
+    return values.reshape(rows, -1, *(1,) * (x.dim() - 2))
+
+
+def _input_channels(leaf: Any) -> int:
+    return int(leaf.in_features if isinstance(leaf, nn.Linear) else leaf.in_channels)
+
+
+@torch.no_grad()
+def silence(network: Network, channels: Channels, alive: Mapping[str, np.ndarray]) -> None:
+    """Zero, in place, the weights with which layers read units that are not alive: what their masks did, the weights
+    now do. alive: group name -> (units,) bool."""
+    for group in channels.groups:
+        for slot in group.slots:
+            if slot.role != "in" or group.name not in alive:
+                continue
+            leaf: Any = network.module.get_submodule(slot.target)
+            gone = torch.from_numpy(slot.index[~alive[group.name]].ravel())
+            if getattr(leaf, "transposed", False):
+                leaf.weight[gone] = 0
+                continue
+            share = leaf.weight.shape[1]  # inputs of one convolution group
+            outputs = leaf.weight.shape[0] // (_input_channels(leaf) // share)
+            for position in gone.tolist():
+                block = position // share
+                leaf.weight[block * outputs : (block + 1) * outputs, position % share] = 0

@@ -1,0 +1,151 @@
+"""What a learner found goes through the planner and the clock: its end, a step further, a step back."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from edgeprune.graph.channels import analyse
+from edgeprune.graph.lift import lift
+from edgeprune.graph.surgery import cut
+from edgeprune.pipeline.learned import after_search, pricing_of, search_and_shrink
+from edgeprune.pipeline.shrink import predicted_ms
+from edgeprune.pipeline.spans import dissect
+from edgeprune.plan.exact import exact
+from edgeprune.train.config import History, TrainConfig
+from edgeprune.train.dataset import DataSet
+from edgeprune.train.halving import Move, Search
+from edgeprune.train.learner import Learned, Learner
+
+
+class Sizes:
+    """Milliseconds of a kernel: its elements."""
+
+    fusion = None
+
+    def prepare(self, anatomy):
+        return [tuple(range(1, g.size + 1)) for g in anatomy.channels.groups]
+
+    def kernel_ms(self, kernel):
+        return float(np.prod(kernel.output) + sum(map(np.prod, kernel.inputs))) * 1e-4
+
+    def constant_ms(self):
+        return 0.01
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU()]
+    return lift(nn.Sequential(*layers, nn.Conv2d(8, 6, 1), nn.ReLU(), nn.Conv2d(6, 4, 1)).eval(), [(1, 3, 8, 8)])
+
+
+DATA = DataSet.from_arrays(np.zeros((8, 3, 8, 8), np.float32))
+MOVES = {"0": [((1, 2), 0.01), ((5,), 0.04)], "2": [((0, 3, 7), 0.02)], "4": []}
+END = {"0": 5, "2": 5, "4": 6}
+
+
+def rankings():
+    """Of searches that made these moves and were then refused everything at 0.05 and more."""
+    found, spent = {}, sum(d for moves in MOVES.values() for _, d in moves)
+    for (name, moves), size in zip(MOVES.items(), (8, 8, 6), strict=True):
+        search = Search(size, range(1, size))
+        for units, damage in moves:
+            search.waiting = Move(units, damage)
+            search.accept()
+        search.refused = {search.width - 1: 0.05, search.width // 2: 0.2}
+        found[name] = search.ranking(0.05, spent)
+    return found
+
+
+def run(network, share, slow=1.0):
+    """-> (what it shrank to, the lesson that was given)."""
+    full = predicted_ms(dissect(network), Sizes())
+    lessons = []
+
+    def train(lesson):
+        lessons.append(lesson)
+        return Learned(network, rankings(), {}, History(steps=5, epochs=0.5, seconds=6.0))
+
+    def clock(net):
+        return slow * predicted_ms(dissect(net), Sizes())
+
+    shrunk = search_and_shrink(
+        network, network, full, full, share * full, Sizes(), Learner(train), DATA, TrainConfig(epochs=4), None, clock,
+        lambda *_: None, exact, False,
+    )  # fmt: skip
+    return shrunk, lessons[0]
+
+
+def end_share(network, widths=END):
+    """Latency share of the network cut to these widths, exactly the learner's own end."""
+    channels = analyse(network)
+    keep = {name: ranking.keep(widths[name]) for name, ranking in rankings().items()}
+    now = predicted_ms(dissect(cut(network, channels, keep)), Sizes())
+    return now / predicted_ms(dissect(network), Sizes())
+
+
+def widths_of(shrunk):
+    return {name: shrunk.network.module.get_submodule(name).out_channels for name in END}
+
+
+def test_the_end_of_the_search_is_what_is_built(network):
+    shrunk, lesson = run(network, end_share(network) / 0.98)
+    assert widths_of(shrunk) == END
+    (plan,) = shrunk.recipe.steps
+    assert plan.keep["0"] == (0, 3, 4, 6, 7)
+    assert plan.keep["2"] == (1, 2, 4, 5, 6)
+    assert (shrunk.rounds, shrunk.learning.steps) == (1, 5)
+    assert lesson.widths["4"] == (1, 2, 3, 4, 5, 6)
+    assert lesson.config.epochs == 2
+
+
+def test_prices_are_those_of_the_network_cut(network):
+    _, lesson = run(network, 0.7)
+    full = predicted_ms(dissect(network), Sizes())
+    for widths in (END, {"0": 3, "2": 8, "4": 2}):
+        assert lesson.latency_ms(widths, ()) == pytest.approx(end_share(network, widths) * full)
+    assert lesson.latency_ms({}, ()) == pytest.approx(full)
+
+
+def test_a_machine_that_is_slower_takes_it_further(network):
+    """The network is timed slower than its kernels promise, and nothing that was given up comes back for it."""
+    shrunk, _ = run(network, 1.1 * end_share(network), slow=1.16)
+    assert sum(widths_of(shrunk).values()) < sum(END.values())
+    assert shrunk.measured_ms <= 1.1 * end_share(network) * predicted_ms(dissect(network), Sizes())
+
+
+def test_room_that_is_left_is_given_back_where_it_hurt_most(network):
+    widths = {**END, "0": 6}
+    shrunk, _ = run(network, end_share(network, widths) / 0.98)
+    assert widths_of(shrunk) == widths
+
+
+def test_blocks_have_a_price_too():
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.conv, self.head = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 3)
+
+        def forward(self, x):
+            x = torch.relu(self.stem(x))
+            return self.head((x + self.conv(x)).mean((2, 3)))
+
+    anatomy = dissect(lift(Residual().eval(), [(1, 3, 8, 8)]))
+    prices = Sizes()
+    full = predicted_ms(anatomy, prices)
+    price = pricing_of(anatomy, prices.prepare(anatomy), prices, 2.0 / full)
+    (block,) = anatomy.blocks
+    spans = sum(prices.kernel_ms(s.at(s.full)) for s in anatomy.spans if s.block == 0)
+    assert spans > 0
+    assert price({}, ()) == pytest.approx(2.0)
+    assert price({}, [block.name]) == pytest.approx(2.0 - spans * 2.0 / full)
+
+
+def test_recovery_gets_what_the_search_leaves():
+    spent = History(steps=30, epochs=1.5, seconds=90.0)
+    assert after_search(TrainConfig(epochs=4), spent).epochs == 2.5
+    assert after_search(TrainConfig(minutes=10), spent).minutes == 8.5
+    assert after_search(TrainConfig(steps=100), spent).steps == 70
+    assert after_search(TrainConfig(), spent).epochs == 3.5
+    assert after_search(TrainConfig(epochs=1), spent).epochs == 0.1  # some is always left

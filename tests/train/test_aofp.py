@@ -1,0 +1,264 @@
+"""AOFP beside real training: what it prunes, that it disturbs nothing, and that it can be killed."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from training_job import fingerprint
+
+from edgeprune.graph.channels import analyse
+from edgeprune.graph.lift import lift
+from edgeprune.graph.surgery import cut
+from edgeprune.train.aofp import Aofp, Settings, aofp
+from edgeprune.train.config import TrainConfig
+from edgeprune.train.dataset import DataSet
+from edgeprune.train.finetune import finetune
+from edgeprune.train.halving import Move
+from edgeprune.train.learner import Lesson
+
+QUICK = {"batch_size": 16, "lr": 0.05, "augment": "none"}
+
+
+class KilledError(Exception):
+    pass
+
+
+def network(seed=0):
+    torch.manual_seed(seed)
+    layers = [nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU()]
+    layers += [nn.Conv2d(8, 12, 3, stride=2, bias=False), nn.BatchNorm2d(12), nn.ReLU(), nn.Dropout(0.1)]
+    return lift(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 3)).eval(), [(1, 3, 8, 8)])
+
+
+def samples(count=64):
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 3, count)
+    x = rng.normal(size=(count, 3, 8, 8)).astype(np.float32)
+    x[np.arange(count), y] += 1.5
+    return DataSet.from_arrays(x, y)
+
+
+SIZES = {"0": 8, "3": 12}
+EVERY = {name: tuple(range(1, size + 1)) for name, size in SIZES.items()}
+
+
+def work(widths, removed=()):
+    """Multiply-adds of the two convolutions, in units that make the whole network 1."""
+    a, b = ({**SIZES, **widths}[name] for name in SIZES)
+    return (3 * a * 64 + a * b * 9) / (3 * 8 * 64 + 8 * 12 * 9)
+
+
+class Fixed(Aofp):
+    """The threshold stays as it is."""
+
+    def _raise(self, step):
+        pass
+
+
+def steps(hook, student, x, count):
+    """Rounds of scoring on one batch, with weights that stay as they are."""
+    hook.start(0)
+    student.module.train()
+    with hook.attached(), torch.no_grad():
+        for step in range(count):
+            student.module(x)
+            hook.after_forward(step, x)
+            hook.after_step(step, x)
+
+
+def frozen(settings, widths=EVERY, kind=Fixed, dead=(), count=12, budget=0.0):
+    student = network().copy()
+    with torch.no_grad():
+        for unit in dead:
+            student.module.get_submodule("3").weight[:, unit] = 0
+    hook = kind(student, widths, work, budget, settings=settings)
+    steps(hook, student, torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(1)), count)
+    return hook
+
+
+def test_no_threshold_takes_only_what_does_no_damage_at_all():
+    hook = frozen(Settings(theta=0.0), dead=(2, 5), count=40)
+    assert sorted(u for move in hook.searches["0"].moves for u in move.units) == [2, 5]
+    assert not hook.searches["3"].moves
+
+
+def test_a_dead_filter_goes_first():
+    hook = frozen(Settings(theta=0.02), dead=(5,), count=40)
+    assert 5 in hook.searches["0"].moves[0].units
+
+
+def test_a_boundless_threshold_halves_every_group():
+    hook = frozen(Settings(theta=math.inf, draws=16), count=6)
+    assert hook.widths() == {"0": 4, "3": 6}
+    assert [len(s.moves) for s in hook.searches.values()] == [1, 1]
+    hook = frozen(Settings(theta=math.inf, draws=16), count=60)
+    assert hook.widths() == {"0": 1, "3": 1}
+    assert hook.done()
+
+
+def test_scoring_changes_no_bit_of_the_training():
+    """Loss, gradients, running statistics and dropout: with the scoring pass on, the run ends with the same weights."""
+    ends = []
+    for scored in (False, True):
+        student = network().copy()
+        hook = Fixed(student, EVERY, work, 0.0, settings=Settings(theta=-1.0))
+        with hook.attached():
+            history = finetune(
+                student.module,
+                network().module,
+                samples(),
+                TrainConfig(steps=12, **QUICK),
+                hooks=[hook] if scored else [],
+            )
+        ends.append((fingerprint(student.module), history.losses))
+        assert (sum(s.batches for s in hook.searches.values()) > 0) == scored
+    assert ends[0] == ends[1]
+
+
+def lesson(budget, **kwargs):
+    config = TrainConfig(steps=80, checkpoint_s=1e-9, **QUICK)
+    return Lesson(network(), network(), samples(), EVERY, work, budget, config, **kwargs)
+
+
+def test_the_budget_is_reached_and_cutting_changes_nothing():
+    learned = aofp(lesson(0.5))
+    assert "aofp: " in learned.history.notes[-1]
+    assert learned.history.steps < 80
+    convolution, linear = (learned.network.module.get_submodule(name).weight for name in ("3", "9"))
+    read = {"0": convolution.detach().abs().sum((0, 2, 3)) > 0, "3": linear.detach().abs().sum(0) > 0}
+    widths = {name: int(units.sum()) for name, units in read.items()}
+    assert 0.2 < work(widths) <= 0.5
+    keep = {name: ranking.keep(widths[name]) for name, ranking in learned.rankings.items()}
+    for name, units in read.items():
+        assert keep[name] == tuple(np.flatnonzero(units))
+    narrow = cut(learned.network, analyse(learned.network), keep)
+    assert narrow.module.get_submodule("3").weight.shape[:2] == (widths["3"], widths["0"])
+    x = torch.randn(5, 3, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(narrow.module(x), learned.network.module(x), rtol=1e-4, atol=1e-5)
+        assert (network().module(x) - learned.network.module(x)).abs().max() > 0.01
+    # one more channel than at the end does no harm either
+    wider = {name: ranking.keep(min(widths[name] + 1, SIZES[name])) for name, ranking in learned.rankings.items()}
+    with torch.no_grad():
+        back = cut(learned.network, analyse(learned.network), wider).module(x)
+        torch.testing.assert_close(back, learned.network.module(x), rtol=1e-4, atol=1e-5)
+
+
+def test_a_killed_search_ends_with_the_same_bits(tmp_path):
+    whole = aofp(lesson(0.5))
+
+    def stop(p):
+        if p.step == 23:
+            raise KilledError
+
+    with pytest.raises(KilledError):
+        aofp(lesson(0.5, checkpoint=tmp_path / "search.pt", progress=stop))
+    again = aofp(lesson(0.5, checkpoint=tmp_path / "search.pt"))
+    assert again.history.resumed_from == 20
+    assert fingerprint(again.network.module) == fingerprint(whole.network.module)
+    for name, ranking in whole.rankings.items():
+        np.testing.assert_array_equal(again.rankings[name].order, ranking.order)
+        np.testing.assert_array_equal(again.rankings[name].damage, ranking.damage)
+
+
+def waiting(**moves):
+    """A hook whose groups wait with moves of (units, damage)."""
+    hook = Fixed(network().copy(), EVERY, work, 0.3)
+    hook.period = 100  # one move a step
+    for name, (units, damage) in moves.items():
+        hook.searches[name[1:]].waiting = Move(tuple(range(units)), damage)
+    return hook
+
+
+def test_of_several_moves_the_cheapest_per_millisecond_is_taken():
+    gains = {"g0": 1 - work({"0": 4}), "g3": 1 - work({"3": 6})}
+    damages = {"g0": 0.002 * gains["g0"], "g3": 0.001 * gains["g3"]}
+    for worse in (1.0, 4.0):
+        hook = waiting(g0=(4, damages["g0"]), g3=(6, worse * damages["g3"]))
+        hook._accept(7)
+        assert hook.widths() == ({"0": 8, "3": 6} if worse == 1.0 else {"0": 4, "3": 12})
+        assert hook.began == 8
+        hook._accept(8)
+        assert hook.widths() == {"0": 4, "3": 6}
+
+
+def test_a_move_that_is_no_faster_is_not_taken():
+    hook = waiting(g0=(4, 0.001))
+    hook.latency_ms = lambda widths, removed: 1.0 + (widths["0"] < 8)
+    hook._settle()
+    hook._accept(0)
+    assert hook.widths() == SIZES
+    assert hook.searches["0"].waiting is None
+
+
+def test_enough_is_enough():
+    hook = waiting(g0=(4, 0.001), g3=(6, 0.01))
+    hook.budget_ms, hook.period = work({"0": 4}), 1
+    hook._accept(0)
+    assert hook.widths() == {"0": 4, "3": 12}
+    assert hook.done()
+
+
+def test_the_threshold_rises_only_after_a_cycle_without_a_move():
+    hook = Aofp(network().copy(), EVERY, work, 0.3, settings=Settings(theta=0.01, growth=2.0, end=1.0))
+    hook.start(1000)
+    hook.searches["0"].refused, hook.searches["3"].refused = {4: 0.05}, {6: 0.3, 9: 0.2}
+    hook.searches["0"].exhausted = True
+    hook._raise(99)
+    assert hook.theta == 0.01  # the other group still looks
+    hook.searches["3"].exhausted = True
+    hook.searches["3"].waiting = Move((1, 2), 0.005)
+    hook._raise(99)
+    assert hook.theta == 0.01  # a move waits
+    hook.searches["3"].waiting = None
+    hook._raise(99)  # 50 steps a cycle, 18 cycles left for 0.7 ms: the cheapest refused move brings enough
+    assert hook.theta == 0.05
+    assert not any(s.exhausted for s in hook.searches.values())
+
+
+def test_with_little_time_left_it_rises_further():
+    hook = Aofp(network().copy(), EVERY, work, 0.3, settings=Settings(theta=0.01, growth=2.0, end=1.0))
+    hook.start(1000)
+    hook.searches["0"].refused, hook.searches["3"].refused = {4: 0.05}, {6: 0.3, 9: 0.2}
+    for search in hook.searches.values():
+        search.exhausted = True
+    hook._raise(995)
+    assert hook.theta == 0.2
+    hook.searches["0"].refused, hook.searches["3"].refused = {4: math.inf}, {}
+    for search in hook.searches.values():
+        search.exhausted = True
+    hook._raise(998)
+    assert hook.theta == 0.4  # nothing to go by
+
+
+def test_groups_begin_one_after_the_other():
+    student = network().copy()
+    hook = Fixed(student, EVERY, work, 0.0, settings=Settings(theta=-1.0, draws=8, warmup=0.1, rounds=5))
+    hook.start(100)
+    assert (hook.first, hook.period) == (10, 18)
+    begun = {}
+    x = torch.randn(16, 3, 8, 8)
+    student.module.train()
+    with hook.attached(), torch.no_grad():
+        for step in range(25):
+            student.module(x)
+            hook.after_forward(step, x)
+            hook.after_step(step, x)
+            for name, search in hook.searches.items():
+                if search.batches:
+                    begun.setdefault(name, step)
+    assert begun == {"0": 10, "3": 19}
+
+
+def test_other_settings_are_another_search():
+    usual = {"widths": EVERY, "budget_ms": 0.3, "seed": 0, "settings": None}
+    others = {"widths": {**EVERY, "0": (4, 8)}, "budget_ms": 0.4, "seed": 1, "settings": Settings(theta=0.02)}
+    student = network()
+    keys = [
+        Aofp(student, latency_ms=work, **{**usual, **change}).key()
+        for change in ({}, {}, *({name: value} for name, value in others.items()))
+    ]
+    assert keys[0] == keys[1]
+    assert len(set(keys)) == 5
