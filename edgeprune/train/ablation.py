@@ -10,12 +10,12 @@ Source: Ding et al., "Approximated Oracle Filter Pruning" (ICML 2019): ``t = sum
 next layer's output. The authors' code for PyTorch normalises the ablated pass by its own batch statistics and lets it
 move the running ones; here it does neither.
 
-Shapes: x (N, ...) inputs; draws (parts, units of the group) bool: the images of a batch are divided among the parts,
-and each part gives one ratio of sums.
+Shapes: x (N, ...) inputs; draws (parts, units of the group) bool: the images of a batch are divided among the parts.
 
 Deviations: a group may have several readers, as the trunk of a residual network has: their outputs count as one long
 vector. A batch counts as several draws, each on a part of its images, since what differs between draws is mostly the
-units drawn and not the images. A grouped or depthwise convolution on the way belongs to the group and is run through.
+units drawn and not the images: the damage of a draw is the change in its part over that part's share of the batch's
+energy. A grouped or depthwise convolution on the way belongs to the group and is run through.
 """
 
 from __future__ import annotations
@@ -154,9 +154,11 @@ class Ablation:
 
     @torch.no_grad()
     def damage(self, group: str, drawn: np.ndarray) -> np.ndarray:
-        """(parts,) float64: the relative change of the readers' outputs when each part of the images goes without the
-        units drawn for it. The parts are equally large, to one image; there must not be more of them than images."""
-        change, energy = np.zeros(len(drawn)), np.zeros(len(drawn))
+        """(parts,) float64: the change of the readers' outputs when each part of the images goes without the units that
+        were drawn for it, over the part's share of the outputs' energy in the whole batch; the mean over the parts is
+        one ratio of sums. The parts are equally large, to one image; there must not be more of them than images."""
+        change, energy = torch.zeros(len(drawn), dtype=torch.float64), 0.0
+        share = torch.ones(len(drawn))
         for reader in self.readers[group]:
             x, y = self._noted[reader.path][reader.call]
             keep = np.ones((len(drawn), self.widths[reader.path]), np.float32)
@@ -168,10 +170,11 @@ class Ablation:
             ablated = leaf.forward(x * _along(leaf, rows, x))
             tail = self._tail(reader, leaf, y)
             base, other = tail(y), tail(ablated)
-            for total, values in ((change, base - other), (energy, base)):
-                sums = values.square().flatten(1).sum(1, dtype=torch.float64).cpu()
-                total += torch.zeros(len(drawn), dtype=torch.float64).index_add_(0, part_of_row, sums).numpy()
-        return np.divide(change, energy, out=np.where(change > 0, np.inf, 0.0), where=energy > 0)
+            change.index_add_(0, part_of_row, (base - other).square().flatten(1).sum(1, dtype=torch.float64).cpu())
+            energy += float(base.square().sum(dtype=torch.float64))
+            share = part_of_row.bincount(minlength=len(drawn)) / len(x)
+        moved = (change / share).numpy()
+        return moved / energy if energy > 0 else np.where(moved > 0, np.inf, 0.0)
 
     def _tail(self, reader: Reader, leaf: nn.Module, y: Tensor) -> Any:
         """What follows a reader, as a function of its output, with the statistics of ``y``."""

@@ -10,11 +10,11 @@ Deviations
     A group's steps lead to widths that the measured stairs make worthwhile, and a move must make the network faster.
     Of the moves that are cheap enough at the same time, those with the least damage per millisecond are taken first.
     The search ends when the predicted latency is within the budget; the source ends at a share of multiply-adds.
-    The threshold starts at the source's 0.01 and is raised when no group has found a move since it was last raised or
-    a move was taken: to where the refused moves that would pass bring what each of the cycles left in the run has to
-    bring, and at least by a factor. The source keeps it.
+    The threshold starts at the source's 0.01. It is raised when every group has looked for a move and what they found
+    is less than the run's pace asks for: to where the refused moves that would pass bring what is missing, and at
+    least by a factor. The source keeps it.
     The number of batches between two decisions follows from the length of the run and not from a setting of its own
-    (1 000 in the source), and every batch is several draws.
+    (1 000 in the source), and every batch is many draws.
     Residual groups are searched too, not only the layers inside of blocks.
 """
 
@@ -38,7 +38,6 @@ from edgeprune.train.hooks import Hook
 from edgeprune.train.learner import Learned, Lesson, Price
 
 FEWEST = 64  # draws between two decisions of a group
-IMAGES = 4  # of a batch that each draw is seen on, at least
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +53,7 @@ class Settings:
 
     theta: float = 0.01
     growth: float = 1.5
-    draws: int = 32
+    draws: int = 64
     rounds: int = 48
     warmup: float = 0.05
     end: float = 0.8
@@ -82,8 +81,9 @@ class Aofp(Hook):
         self.latency_ms, self.budget_ms, self.seed = latency_ms, budget_ms, seed
         self.settings = settings or Settings()
         self.theta = self.settings.theta
-        self.steps, self.period, self.first, self.began = 0, 1, 0, 0
+        self.steps, self.period, self.first = 0, 1, 0
         self._settle()
+        self._new_cycle(0)
 
     def attached(self) -> AbstractContextManager[None]:
         """While entered, the student's masked units are at zero, and its passes are seen."""
@@ -108,8 +108,8 @@ class Aofp(Hook):
     def start(self, steps: int) -> None:
         settings = self.settings
         self.steps, self.first = steps, int(settings.warmup * steps)
-        self.began = self.first
-        self.period = max(-(-FEWEST // settings.draws), (steps - self.first) // settings.rounds)
+        self._new_cycle(self.first)
+        self.period = max(1, (steps - self.first) // settings.rounds)
         self.ablation.watching = self.first == 0
 
     def after_forward(self, step: int, x: Tensor) -> None:
@@ -119,16 +119,16 @@ class Aofp(Hook):
             if step < begins or not self._goes_on(search) or not self.ablation.watching:
                 continue
             rng = np.random.default_rng((self.seed, step, i, 59))
-            parts = min(self.settings.draws, max(len(x) // IMAGES, 1)) if self.ablation.divisible(name, len(x)) else 1
+            parts = min(self.settings.draws, len(x)) if self.ablation.divisible(name, len(x)) else 1
             drawn = search.draw(rng, parts)
             search.charge(drawn, self.ablation.damage(name, drawn))
         self.ablation.forget()
 
     def after_step(self, step: int, x: Tensor) -> None:
         for search in self.searches.values():
-            if self._goes_on(search) and search.batches >= self.period:
+            if self._goes_on(search) and search.batches >= self.period and search.draws >= FEWEST:
                 search.decide(self.theta)
-        self._accept(step)
+        self._accept()
         self._raise(step)
         self.ablation.watching = step + 1 >= self.first and not self.done()
 
@@ -142,14 +142,14 @@ class Aofp(Hook):
             "period": self.period,
             "first": self.first,
             "steps": self.steps,
-            "began": self.began,
+            "began": list(self.began),
             "watching": self.ablation.watching,
             "searches": {name: search.state() for name, search in self.searches.items()},
         }
 
     def load(self, state: dict[str, Any]) -> None:
         self.theta, self.period, self.first = state["theta"], state["period"], state["first"]
-        self.steps, self.began = state["steps"], state["began"]
+        self.steps, self.began = state["steps"], (state["began"][0], state["began"][1])
         for name, search in self.searches.items():
             search.load(state["searches"][name])
         self.ablation.watching = state["watching"]
@@ -177,7 +177,7 @@ class Aofp(Hook):
                     break
                 search.floor = width
 
-    def _accept(self, step: int) -> None:
+    def _accept(self) -> None:
         """Take the waiting moves that are worth most, as many a step as groups decide in one on average."""
         for _ in range(math.ceil(len(self.searches) / self.period)):
             best: tuple[float, float, Search] | None = None
@@ -195,30 +195,30 @@ class Aofp(Hook):
                 return
             best[2].accept()
             self._settle()
-            self._new_cycle(step)
 
     def _raise(self, step: int) -> None:
-        """Raise the threshold when every group has looked in vain since the last move or rise."""
+        """At the end of a cycle, when every group has looked: raise the threshold if the search is behind."""
         looking = {n: s for n, s in self.searches.items() if self._movable(s)}
-        if self.done() or not all(s.exhausted and s.waiting is None for s in looking.values()):
+        if self.done() or not all(s.looked for s in looking.values()):
             return
-        cycles = max((self.settings.end * self.steps - step) / (step + 1 - self.began), 1.0)
-        missing = (self.now_ms - self.budget_ms) / cycles
-        refused = []
-        for name, search in looking.items():
-            for damage, width in sorted((d, w) for w, d in search.refused.items())[:1]:
-                refused.append((damage, self.now_ms - self.latency_ms({**self.widths(), name: width}, ())))
-        enough = 0.0
-        for damage, gain in sorted(refused):
-            if missing > 0 and math.isfinite(damage):
-                enough, missing = damage, missing - max(gain, 0.0)
-        self.theta = max(self.settings.growth * self.theta, enough, TINY)
-        self._new_cycle(step)
+        began, before_ms = self.began
+        cycles = max((self.settings.end * self.steps - began) / (step + 1 - began), 1.0)
+        missing = (before_ms - self.budget_ms) / cycles - (before_ms - self.now_ms)
+        if missing > 0:
+            refused = []
+            for name, search in looking.items():
+                for damage, width in sorted((d, w) for w, d in search.refused.items())[:1]:
+                    refused.append((damage, self.now_ms - self.latency_ms({**self.widths(), name: width}, ())))
+            self.theta = max(self.settings.growth * self.theta, TINY)
+            for damage, gain in sorted(refused):
+                if missing > 0 and math.isfinite(damage):
+                    self.theta, missing = max(self.theta, damage), missing - max(gain, 0.0)
+        self._new_cycle(step + 1)
 
     def _new_cycle(self, step: int) -> None:
-        self.began = step + 1
+        self.began = (step, self.now_ms)
         for search in self.searches.values():
-            search.exhausted = False
+            search.looked = False
 
 
 def aofp(lesson: Lesson) -> Learned:

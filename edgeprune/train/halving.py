@@ -36,7 +36,11 @@ class Move:
 
 
 class Search:
-    """widths: the widths the group may be left with, in any order; its size need not be among them."""
+    """widths: the widths the group may be left with, in any order; its size need not be among them.
+
+    looked: whether the search has come to an end, in a move or in vain, since this was last set to False from outside
+    floor:  narrower than this is not asked for; to be set from outside
+    """
 
     def __init__(self, size: int, widths: Sequence[int]) -> None:
         self.size = size
@@ -44,7 +48,7 @@ class Search:
         self.alive = np.ones(size, bool)
         self.moves: list[Move] = []
         self.waiting: Move | None = None
-        self.floor = 0  # narrower than this is not asked for
+        self.floor, self.looked = 0, False
         self.estimate = np.full(size, np.inf)  # the last mean damages over all units that were left then
         self.refused: dict[int, float] = {}  # width -> the damage of going down to it when that was last too much
         self.restart()
@@ -56,7 +60,6 @@ class Search:
     def restart(self) -> None:
         """Search among all units that are left."""
         self._begin(self.alive.copy())
-        self.exhausted = False
 
     def step(self) -> int:
         """How many units a draw ablates and a move takes; 0 where no narrower width is left."""
@@ -75,6 +78,7 @@ class Search:
         self.total += np.where(drawn, damage[:, None], 0.0).sum(0)
         self.count += drawn.sum(0)
         self.batches += 1
+        self.draws += len(drawn)
 
     def means(self) -> np.ndarray:
         """(n,) mean damage charged to each unit; infinite where it was never drawn."""
@@ -82,7 +86,7 @@ class Search:
 
     def decide(self, threshold: float) -> Move | None:
         """End a round of draws: the move that is cheap enough, which then waits to be accepted or declined; or None,
-        and the search goes on among the better half, or is ``exhausted`` and starts again."""
+        and the search goes on among the better half, or has ``looked`` in vain and starts again."""
         members, means, step = np.flatnonzero(self.space), self.means(), self.step()
         if len(members) == self.width:
             self.estimate = np.where(self.alive, means, self.estimate)
@@ -104,6 +108,7 @@ class Search:
         self.moves.append(self.waiting)
         self.refused.clear()
         self.restart()
+        self.looked = True
 
     def affordable(self) -> Move | None:
         """The waiting move, or the part of it that leaves a width which is not below the floor."""
@@ -135,7 +140,7 @@ class Search:
     def _begin(self, space: np.ndarray) -> None:
         self.space = space
         self.total, self.count = np.zeros(self.size), np.zeros(self.size, np.int64)
-        self.batches = 0
+        self.batches = self.draws = 0
         self.waiting = None
 
     def _steps(self) -> list[int]:
@@ -157,7 +162,7 @@ class Search:
             self._begin(space)
         else:
             self.restart()
-            self.exhausted = True
+            self.looked = True
 
     def _further(self, threshold: float) -> np.ndarray:
         """(width,) estimated damage of going from here down to each narrower width, never less for a narrower one."""
@@ -176,17 +181,18 @@ class Search:
             "total": self.total.tolist(),
             "count": self.count.tolist(),
             "batches": self.batches,
+            "draws": self.draws,
             "moves": [[list(m.units), m.damage] for m in self.moves],
             "waiting": None if self.waiting is None else [list(self.waiting.units), self.waiting.damage],
             "estimate": self.estimate.tolist(),
             "refused": [list(item) for item in self.refused.items()],
-            "exhausted": self.exhausted,
+            "looked": self.looked,
         }
 
     def load(self, state: dict[str, Any]) -> None:
         self.alive, self.space = np.array(state["alive"], bool), np.array(state["space"], bool)
         self.total, self.count = np.array(state["total"], float), np.array(state["count"], np.int64)
-        self.batches, self.exhausted = state["batches"], state["exhausted"]
+        self.batches, self.draws, self.looked = state["batches"], state["draws"], state["looked"]
         self.moves = [Move(tuple(units), damage) for units, damage in state["moves"]]
         waiting = state["waiting"]
         self.waiting = None if waiting is None else Move(tuple(waiting[0]), waiting[1])

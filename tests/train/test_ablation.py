@@ -181,15 +181,31 @@ def test_a_dead_unit_does_no_damage():
     assert (np.delete(t, 5) > 0).all()
 
 
-def test_parts_are_batches_of_their_own():
+def test_parts_share_the_energy_of_the_batch():
     network = plain(norm=False)
     x = torch.randn(6, 3, 8, 8, generator=torch.Generator().manual_seed(3))
     ablation, _ = scored(network, x)
     drawn = halves(8)[[3, 40, 66]]
     together = ablation.damage("0", drawn)
-    for part, row in enumerate(drawn):
-        alone, _ = scored(network, x[2 * part : 2 * part + 2])
-        assert together[part] == pytest.approx(alone.damage("0", row[None])[0], rel=1e-5)
+    with torch.no_grad():
+        first, reader, _ = network.module.children()
+        h = F.relu(first(x))
+        z = F.relu(reader(h)).double()
+        for part, row in enumerate(drawn):
+            images = slice(2 * part, 2 * part + 2)
+            gone = h[images].clone()
+            gone[:, row] = 0
+            change = (z[images] - F.relu(reader(gone)).double()).square().sum()
+            assert together[part] == pytest.approx(float(3 * change / z.square().sum()), rel=1e-5)
+
+
+def test_parts_that_are_not_equally_large():
+    """Five images in three parts: the mean over the images is still one ratio of sums."""
+    network, x = plain(norm=False), torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+    ablation, _ = scored(network, x)
+    row = halves(8)[17]
+    parts = ablation.damage("0", np.array([row] * 3))
+    assert np.average(parts, weights=[2, 2, 1]) == pytest.approx(ablation.damage("0", row[None])[0], rel=1e-5)
 
 
 def test_all_readers_of_a_trunk_count_as_one_long_vector():

@@ -113,7 +113,7 @@ def test_scoring_changes_no_bit_of_the_training():
                 hooks=[hook] if scored else [],
             )
         ends.append((fingerprint(student.module), history.losses))
-        assert (sum(s.batches for s in hook.searches.values()) > 0) == scored
+        assert all(s.refused for s in hook.searches.values()) == scored
     assert ends[0] == ends[1]
 
 
@@ -177,10 +177,10 @@ def test_of_several_moves_the_cheapest_per_millisecond_is_taken():
     damages = {"g0": 0.002 * gains["g0"], "g3": 0.001 * gains["g3"]}
     for worse in (1.0, 4.0):
         hook = waiting(g0=(4, damages["g0"]), g3=(6, worse * damages["g3"]))
-        hook._accept(7)
+        hook._accept()
         assert hook.widths() == ({"0": 8, "3": 6} if worse == 1.0 else {"0": 4, "3": 12})
-        assert hook.began == 8
-        hook._accept(8)
+        assert hook.searches["3" if worse == 1.0 else "0"].looked
+        hook._accept()
         assert hook.widths() == {"0": 4, "3": 6}
 
 
@@ -188,7 +188,7 @@ def test_a_move_that_is_no_faster_is_not_taken():
     hook = waiting(g0=(4, 0.001))
     hook.latency_ms = lambda widths, removed: 1.0 + (widths["0"] < 8)
     hook._settle()
-    hook._accept(0)
+    hook._accept()
     assert hook.widths() == SIZES
     assert hook.searches["0"].waiting is None
 
@@ -196,41 +196,50 @@ def test_a_move_that_is_no_faster_is_not_taken():
 def test_enough_is_enough():
     hook = waiting(g0=(4, 0.001), g3=(6, 0.01))
     hook.budget_ms, hook.period = work({"0": 4}), 1
-    hook._accept(0)
+    hook._accept()
     assert hook.widths() == {"0": 4, "3": 12}
     assert hook.done()
 
 
-def test_the_threshold_rises_only_after_a_cycle_without_a_move():
-    hook = Aofp(network().copy(), EVERY, work, 0.3, settings=Settings(theta=0.01, growth=2.0, end=1.0))
+def looked_in_vain(damages, **state):
+    """A hook at the start of a run of 1 000 steps whose groups were refused moves of these damages."""
+    hook = Aofp(network().copy(), EVERY, work, 0.3, settings=Settings(theta=0.01, growth=2.0, end=1.0, warmup=0.0))
     hook.start(1000)
-    hook.searches["0"].refused, hook.searches["3"].refused = {4: 0.05}, {6: 0.3, 9: 0.2}
-    hook.searches["0"].exhausted = True
+    for name, refused in zip(SIZES, damages, strict=True):
+        hook.searches[name].refused, hook.searches[name].looked = refused, True
+    return hook
+
+
+def test_the_threshold_rises_only_when_all_have_looked():
+    hook = looked_in_vain(({4: 0.05}, {6: 0.3, 9: 0.2}))
+    hook.searches["3"].looked = False
     hook._raise(99)
-    assert hook.theta == 0.01  # the other group still looks
-    hook.searches["3"].exhausted = True
-    hook.searches["3"].waiting = Move((1, 2), 0.005)
-    hook._raise(99)
-    assert hook.theta == 0.01  # a move waits
-    hook.searches["3"].waiting = None
-    hook._raise(99)  # 50 steps a cycle, 18 cycles left for 0.7 ms: the cheapest refused move brings enough
+    assert hook.theta == 0.01
+    hook.searches["3"].looked = True
+    hook._raise(99)  # 100 steps a cycle, 10 of them for 0.7 ms: the cheapest refused move brings enough
     assert hook.theta == 0.05
-    assert not any(s.exhausted for s in hook.searches.values())
+    assert not any(s.looked for s in hook.searches.values())
+    assert hook.began == (100, 1.0)
+
+
+def test_the_threshold_stays_while_moves_keep_the_pace():
+    for width, raised in ((7, True), (6, False)):  # 1/12 and 2/12 of the way in one of ten cycles
+        hook = looked_in_vain(({4: 0.05}, {6: 0.3, 9: 0.2}))
+        hook.latency_ms = lambda widths, removed: 0.3 + 0.7 * (widths["0"] / 12 + 4 / 12 + (widths["3"] - 12) / 100)
+        hook.began = (0, hook.now_ms)
+        hook.searches["0"].alive[width:] = False
+        hook._settle()
+        hook._raise(99)
+        assert (hook.theta > 0.01) == raised
 
 
 def test_with_little_time_left_it_rises_further():
-    hook = Aofp(network().copy(), EVERY, work, 0.3, settings=Settings(theta=0.01, growth=2.0, end=1.0))
-    hook.start(1000)
-    hook.searches["0"].refused, hook.searches["3"].refused = {4: 0.05}, {6: 0.3, 9: 0.2}
-    for search in hook.searches.values():
-        search.exhausted = True
+    hook = looked_in_vain(({4: 0.05}, {6: 0.3, 9: 0.2}))
     hook._raise(995)
     assert hook.theta == 0.2
-    hook.searches["0"].refused, hook.searches["3"].refused = {4: math.inf}, {}
-    for search in hook.searches.values():
-        search.exhausted = True
+    hook = looked_in_vain(({4: math.inf}, {}))
     hook._raise(998)
-    assert hook.theta == 0.4  # nothing to go by
+    assert hook.theta == 0.02  # nothing to go by
 
 
 def test_groups_begin_one_after_the_other():

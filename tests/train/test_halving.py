@@ -29,17 +29,17 @@ def test_a_move_takes_the_half_that_hurts_least_and_starts_again():
     assert search.width == 8  # it waits
     search.accept()
     assert (space(search), search.width, search.step()) == ([0, 2, 4, 6], 4, 2)
-    assert (search.waiting, search.exhausted, search.count.sum()) == (None, False, 0)
+    assert (search.waiting, search.looked, search.count.sum()) == (None, True, 0)
 
 
 def test_halves_down_to_one_unit_and_a_restart():
     search, damages = Search(8, ALL), [0.5, 0.1, 0.6, 0.2, 0.7, 0.3, 0.8, 0.4]
     assert told(search, damages, 0.05) is None
-    assert (space(search), search.step(), search.exhausted) == ([1, 3, 5, 7], 2, False)
+    assert (space(search), search.step(), search.looked) == ([1, 3, 5, 7], 2, False)
     assert told(search, damages, 0.05) is None
-    assert (space(search), search.step(), search.exhausted) == ([1, 3], 1, False)
+    assert (space(search), search.step(), search.looked) == ([1, 3], 1, False)
     assert told(search, damages, 0.05) is None
-    assert (space(search), search.step(), search.exhausted) == (list(range(8)), 4, True)
+    assert (space(search), search.step(), search.looked) == (list(range(8)), 4, True)
     assert search.refused == {4: 0.4, 6: 0.2, 7: 0.1}
     assert not search.moves
 
@@ -86,7 +86,7 @@ def test_a_step_of_more_than_half_the_group_is_tried_without_halving():
     search = Search(16, (4, 16))
     assert search.step() == 12
     assert told(search, np.ones(16), 0.5) is None
-    assert (search.exhausted, search.step(), search.refused) == (True, 12, {4: 1.0})
+    assert (search.looked, search.step(), search.refused) == (True, 12, {4: 1.0})
     told(search, np.zeros(16), 0.5)
     search.accept()
     assert (search.width, search.step()) == (4, 0)
