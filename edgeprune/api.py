@@ -18,7 +18,7 @@ from edgeprune.device.target import find_target, list_targets, read_target
 from edgeprune.errors import DeviceError, UsageError
 from edgeprune.graph.fold import fold
 from edgeprune.graph.lift import lift
-from edgeprune.graph.load import load
+from edgeprune.graph.load import load, save
 from edgeprune.graph.network import Network
 from edgeprune.pipeline import job as jobs
 from edgeprune.pipeline import workdir
@@ -31,9 +31,10 @@ from edgeprune.pipeline.spans import dissect
 from edgeprune.progress import Callback, silent
 from edgeprune.train.config import TrainConfig
 from edgeprune.train.data import open_data
+from edgeprune.train.dataset import DataSet
 from edgeprune.train.modules import place
 
-__all__ = ["compress", "export", "inspect", "list_methods", "load", "measure", "profile", "targets"]
+__all__ = ["compress", "export", "inspect", "list_methods", "load", "measure", "profile", "save", "targets"]
 
 Model = nn.Module | Network | str | Path
 Shape = Sequence[int]
@@ -126,7 +127,7 @@ def compress(
         budget=budget,
         target=wanted,
         data=None if data is None else open_data(data, shape, mean=mean, std=std),
-        test=None if test is None else open_data(test, shape, mean=mean, std=std),
+        test=None if test is None else _labelled(open_data(test, shape, mean=mean, std=std)),
         method=method,
         planner=planner,
         images=images,
@@ -231,6 +232,15 @@ def _network(model: Model, input_shape: Shape | None) -> Network:
     network = lift(model, [input_shape], type(model).__name__).copy()
     place(network.module, torch.device("cpu"), torch.contiguous_format)
     return network
+
+
+def _labelled(test: DataSet) -> DataSet:
+    if not test.labelled:
+        raise UsageError(
+            f"--test {test.name}: has no labels, and they are all it is for; give labelled samples (a folder with one "
+            "sub-folder for each class, or an .npz with y), or leave --test out"
+        )
+    return test
 
 
 def _make(folder: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune import __version__
-from edgeprune.errors import BudgetMissedError, EdgepruneError
+from edgeprune.errors import BudgetMissedError, EdgepruneError, UsageError
 
 EXIT_CODES = """exit codes:
   0  done                              6  the target is unknown or does not answer
@@ -19,7 +19,7 @@ EXIT_CODES = """exit codes:
   2  a wrong option or argument        8  no plan can reach the budget (the smallest latency is named)
   3  the model file is broken/refused  9  the built file measures above the budget
   4  the network is not supported     10  the exported file computes something else
-  5  the data cannot be read         130  interrupted; the same command goes on where it was
+  5  the data cannot be read         130  interrupted; the same command goes on with the rest
 """
 
 
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"edgeprune: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("edgeprune: interrupted; the same command goes on where it was", file=sys.stderr)
+        print("edgeprune: interrupted; the same command goes on with what is finished", file=sys.stderr)
         return 130
     except BrokenPipeError:
         return 0
@@ -250,7 +250,12 @@ def _measure(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 def _export(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from edgeprune import api
 
-    result = api.export(_load(options), options.out or str(options.model).removesuffix(".pt2") + ".onnx")
+    out = options.out or str(Path(options.model).with_suffix(".onnx"))
+    if not options.out and Path(out).exists():
+        raise UsageError(
+            f"{out} is there already; say where to write: edgeprune export {options.model} --out FILE.onnx"
+        )
+    result = api.export(_load(options), out)
     return result.to_dict(), result.text()
 
 

@@ -18,13 +18,14 @@ def silent(done: float, total: float, what: str) -> None:
 
 
 class Progress:
-    """Shows stages on ``stream``. A stage that ends within two seconds shows only its summary line, if it has one."""
+    """Shows stages on ``stream``, from two seconds after the first on; how much of one is done, and what is left, from
+    two seconds after it began."""
 
     def __init__(self, stream: TextIO | None = None, clock: Callable[[], float] = time.monotonic):
         self.stream = stream or sys.stderr
         self.enabled = self.stream.isatty()
         self.clock = clock
-        self._stage, self._start, self._shown, self._width = "", 0.0, 0.0, 0
+        self._stage, self._begun, self._start, self._shown, self._width = "", clock(), 0.0, 0.0, 0
 
     def __call__(self, done: float, total: float, what: str) -> None:
         """Report that ``done`` of ``total`` units of the stage ``what`` are finished."""
@@ -34,6 +35,8 @@ class Progress:
         if what != self._stage:
             self.clear()
             self._stage, self._start, self._shown = what, now, 0.0
+            if now - self._begun >= 2.0:
+                self._write(f"  {what}")
         elapsed = now - self._start
         if elapsed < 2.0 or now - self._shown < 0.2:
             return

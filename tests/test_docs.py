@@ -35,6 +35,7 @@ def test_commands_in_the_documents_parse(line):
 
 def test_readme_python_runs(monkeypatch, tmp_path):
     monkeypatch.setenv("EDGEPRUNE_HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
     block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
     torch.manual_seed(0)
     model = nn.Sequential(
@@ -48,6 +49,9 @@ def test_readme_python_runs(monkeypatch, tmp_path):
     except edgeprune.errors.BudgetMissedError:
         pytest.skip("this machine was too busy to measure")
     assert names["result"].report.ratio[0] < 0.9
+    x = torch.randn(2, 3, 32, 32)
+    again = edgeprune.load("retrained.pt2").module
+    torch.testing.assert_close(again.eval()(x), names["network"].module.eval()(x))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

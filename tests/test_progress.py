@@ -19,7 +19,7 @@ def test_quiet_when_not_a_terminal():
 
 def test_time_left_after_two_seconds():
     stream = Terminal()
-    times = iter([0.0, 1.0, 10.0])
+    times = iter([0.0, 0.0, 1.0, 10.0, 11.0])
     progress = Progress(stream, clock=lambda: next(times))
     progress(0, 10, "measuring")
     progress(1, 10, "measuring")
@@ -27,6 +27,8 @@ def test_time_left_after_two_seconds():
     progress(5, 10, "measuring")
     assert "50 %" in stream.getvalue()
     assert "10 s left" in stream.getvalue()
+    progress(0, 1, "checking")
+    assert "checking" in stream.getvalue()
 
 
 def test_duration():

@@ -154,10 +154,7 @@ def render(report: Report) -> str:
         f"checked: cut == masked original to {report.certificate:.1e}"
         + (f", file == torch to {error:.1e}" if error is not None else "")
     )
-    kept = f"{len(report.widths)} groups narrowed" + (
-        f", {len(report.removed)} blocks removed" if report.removed else ""
-    )
-    lines.append(kept)
+    lines.append(f"groups narrowed: {len(report.widths)}, blocks removed: {len(report.removed)}")
     if report.preprocessing:
         lines.append(
             f"input {' and '.join('x'.join(map(str, s)) for s in report.input_shapes)}: {report.preprocessing}"

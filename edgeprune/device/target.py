@@ -80,11 +80,15 @@ class Target:
     fusion: Fusion = field(default_factory=Fusion)
 
     def with_threads(self, threads: int | None) -> Target:
-        """The same target with another thread count (None keeps it). Raises DeviceError below 1."""
+        """The same target with another thread count (None keeps it). Raises DeviceError below 1, and above what
+        a local machine has."""
         if threads is None:
             return self
         if threads < 1:
             raise DeviceError(f"target {self.name}: {threads} threads asked; expected at least 1")
+        cores = os.cpu_count()
+        if self.connection == "local" and cores is not None and threads > cores:
+            raise DeviceError(f"target {self.name}: {threads} threads asked; this machine has {cores} cores")
         return dataclasses.replace(self, runtime=dataclasses.replace(self.runtime, threads=threads))
 
 

@@ -29,6 +29,8 @@ def build(factory: str) -> nn.Module:
     try:
         function: Any = _module(where)
         for part in name.split("."):
+            if not hasattr(function, part):
+                raise UsageError(f"--factory {factory}: {where} has no {name}")
             function = getattr(function, part)
         module = function()
     except EdgepruneError:

@@ -159,7 +159,12 @@ def _from_content(
                 f"{path}: a pickled object ({stranger}), and unpickling it runs code out of the file; where you trust "
                 f"it, convert it with: {_conversion(path, given)} - or open it here with --trust"
             )
-        content = torch.load(path, map_location="cpu", weights_only=False)
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=False)
+        except (ImportError, AttributeError) as error:
+            raise ModelFileError(
+                f"{path}: its code cannot be imported ({error}); say where it lies: PYTHONPATH=FOLDER edgeprune ..."
+            ) from error
         module = _module(content)
         if module is not None:
             return _lifted(module, given, str(path))

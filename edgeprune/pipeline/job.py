@@ -107,11 +107,13 @@ def run(job: Job, pricing: Pricing, progress: Callback) -> Outcome:
     original = job.network
     original.module.eval()
     training, held_out = _splits(job)
+    progress(0.0, 1.0, "evaluating the original")
     accuracy = {"original": _accuracy(original, held_out)}
     key = workdir.digest(original, _options(job, pricing), _calibration(training, 64, job.seed)[0])
     with clock("export"):
         original_onnx = to_onnx(fold(original)).SerializeToString()
     with clock("measure original"):
+        progress(0.0, 1.0, "timing the original")
         original_ms = pricing.start(original_onnx)
     budget_ms = job.budget.ms(original_ms)
     if budget_ms >= original_ms:
@@ -157,10 +159,12 @@ def run(job: Job, pricing: Pricing, progress: Callback) -> Outcome:
             warnings += history.notes
     accuracy["final"] = _accuracy(network, held_out) if history else accuracy["shrunk"]
     similarity = _similarity(original, network, held_out or training)
+    progress(0.0, 1.0, "writing and checking the file")
     with clock("export"):
         folded = fold(network)
         onnx = to_onnx(folded, metadata=metadata(original, size)).SerializeToString()
         verification = verify(onnx, folded, calibration[:1])
+    progress(0.0, 1.0, "timing both")
     with clock("measure"):
         comparison = _final_timing(pricing, {"original": original_onnx, "compressed": onnx}, job.budget)
     return Outcome(

@@ -55,17 +55,22 @@ class Judge:
                 if len(widths) > 1
             },
             images=min(256, max(64, sum(map(len, self.batches)) // 4)),
-            progress=lambda share: self.progress(share, 1.0, "judging channels and blocks"),
+            progress=lambda share: self.progress(share, 1.0, f"round {_round(state)}: judging channels and blocks"),
         )
         return Judgement(found.rankings, found.blocks, found.trials)
 
     def repair(self, state: State) -> Network:
         if not self.batches:
             return state.network
+        self.progress(0.0, 1.0, f"round {_round(state) - 1}: repairing")
         return compensate(self.original, state.network, self.batches, kept=self._kept(state))
 
     def _kept(self, state: State) -> dict[str, torch.Tensor]:
         return trace_channels(self.original, lambda network: apply_recipe(network, state.recipe))
+
+
+def _round(state: State) -> int:
+    return len(state.recipe.steps) + 1
 
 
 def _probes(candidates: Widths) -> list[int]:

@@ -99,7 +99,7 @@ class Compression:
     def text(self) -> str:
         lines = [render(self.report)]
         if self.folder is not None:
-            lines.append(f"written: {self.folder}/model.onnx, model.pt2, plan.json, report.json")
+            lines.append(f"written: {self.folder}/model.onnx, original.onnx, model.pt2, plan.json, report.json")
             lines.append(f"next: edgeprune measure {self.folder}/original.onnx {self.folder}/model.onnx")
         return "\n".join(lines)
 

@@ -97,7 +97,7 @@ def shrink(
     rounds = rounds or max(1, math.ceil(math.log(budget_ms / start_ms) / math.log(ROUND_SHARE) - 0.2))
     state = State(original)
     for step in range(1, rounds):
-        progress(step - 1, rounds, "planning")
+        progress(step - 1, rounds, f"round {step} of {rounds}: planning")
         judgement = judge(state, anatomy, candidates)
         target_ms = start_ms * (budget_ms / start_ms) ** (step / rounds) / correction
         plan = planner(problem_of(anatomy, candidates, prices, judgement), judgement.trials)(target_ms)
@@ -105,11 +105,12 @@ def shrink(
         state = replace(state, network=repair(state))
         anatomy = dissect(state.network, prices.fusion)
         candidates = prices.prepare(anatomy)
-    progress(rounds - 1, rounds, "planning")
+    progress(rounds - 1, rounds, f"round {rounds} of {rounds}: planning")
     judgement = judge(state, anatomy, candidates)
     problem = problem_of(anatomy, candidates, prices, judgement)
 
     def measure(plan: Plan) -> float:
+        progress(0.0, 1.0, "timing a plan")
         return clock(advance(state, plan, judgement.rankings).network)
 
     fitted = fit(planner(problem, judgement.trials), measure, budget_ms, correction=correction)

@@ -93,6 +93,6 @@ def chosen(
         assert changed is not None
         same = float((changed.argmax(1) == plain.argmax(1)).float().mean())
         if same < STABLE:
-            dropped.append(f"{name} (the original keeps {same:.0%} of its answers)")
+            dropped.append(f"{name} (it changes {1 - same:.0%} of the original's answers)")
             augment = replace(augment, **({"pad": 0} if name == "crop" else {"flip": False}))
     return augment, f"not augmented by {', '.join(dropped)}" if dropped else ""

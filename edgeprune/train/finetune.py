@@ -176,8 +176,7 @@ class _Run:
                 left_s = self.pace.left_s(self.schedule)
                 progress(Progress(step + 1, self.schedule.steps, self.smoothed, lr, self.pace.elapsed(), left_s))
             if self.schedule.step % SNAPSHOT_STEPS == 0 and not self.schedule.done:
-                note = self.pace.keep_within_limit(self.schedule)
-                self.history.notes += [note] if note else []
+                self.pace.keep_within_limit(self.schedule, self.history.notes)
                 good = self._state()
                 if self.path is not None and time.monotonic() - saved_at >= self.config.checkpoint_s:
                     self._save(good)

@@ -12,6 +12,7 @@ from edgeprune.train.schedule import Schedule, steps_within
 
 EARLY = 0.1  # of a time limit: too soon to tell how fast the machine is
 TOLERANCE = 0.03  # a time limit that is about to be passed by more than this gets a shorter schedule
+SLOWER = "the machine became slower than measured"
 RECENT = 40  # steps whose median tells the present speed
 
 
@@ -24,6 +25,7 @@ class Pace:
         self.evaluation_s = 0.0
         self.before, self.started = 0.0, started
         self.recent: deque[float] = deque(maxlen=RECENT)
+        self.planned = 0  # steps, before any was given up
 
     def go_on(self, elapsed_s: float, evaluation_s: float) -> None:
         """After an interruption: what was spent before counts, what lay between does not."""
@@ -47,13 +49,14 @@ class Pace:
         evaluations = self.evaluations * remaining / schedule.steps
         return remaining * float(np.median(self.recent)) + evaluations * self.evaluation_s
 
-    def keep_within_limit(self, schedule: Schedule) -> str:
-        """Shorten the schedule where the limit would be passed; a sentence if so."""
+    def keep_within_limit(self, schedule: Schedule, notes: list[str]) -> None:
+        """Shorten the schedule where the limit would be passed, and let one of the notes say by how much in all."""
         if self.limit_s is None or self.elapsed() < EARLY * self.limit_s:
-            return ""
+            return
         needed, left = self.left_s(schedule), self.limit_s - self.elapsed()
         if needed <= left + TOLERANCE * self.limit_s:
-            return ""
-        planned = schedule.steps
-        schedule.steps = schedule.step + max(1, int((planned - schedule.step) * max(left, 0.0) / needed))
-        return f"the machine became slower than measured: {schedule.steps} steps instead of {planned}"
+            return
+        self.planned = self.planned or schedule.steps
+        schedule.steps = schedule.step + max(1, int((schedule.steps - schedule.step) * max(left, 0.0) / needed))
+        notes[:] = [note for note in notes if not note.startswith(SLOWER)]
+        notes.append(f"{SLOWER}: {schedule.steps} steps instead of {self.planned}")

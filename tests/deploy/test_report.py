@@ -41,7 +41,7 @@ def test_table_has_asked_predicted_before_and_after():
     assert "budget met: 6.4 ms of 6.5 ms" in text
     assert "accuracy before training: 90.00 %" in text
     assert "cut == masked original to 3.0e-07, file == torch to 2.0e-07" in text
-    assert "1 groups narrowed, 1 blocks removed" in text
+    assert "groups narrowed: 1, blocks removed: 1" in text
     assert "warning: 3 denormal" in text
 
 

@@ -27,8 +27,11 @@ def test_own_target_comes_first(own):
     assert list_targets()["cpu"].parent == own
 
 
-def test_threads_can_be_overridden(own):
+def test_threads_can_be_overridden(own, monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
     assert find_target("cpu", threads=4).runtime.threads == 4
+    with pytest.raises(DeviceError, match="this machine has 4 cores"):
+        find_target("cpu", threads=5)
     with pytest.raises(DeviceError, match="at least 1"):
         find_target("cpu", threads=0)
 
