@@ -22,6 +22,7 @@ from edgeprune.prune.select.taylor import taylor
 from edgeprune.prune.select.thinet import thinet, thinet_omp
 from edgeprune.train.aofp import aofp
 from edgeprune.train.learner import Learner
+from edgeprune.train.resconv import RESCONV
 
 F = TypeVar("F")
 
@@ -92,6 +93,10 @@ LEARNERS: dict[str, Method[Learner]] = {
     "aofp": Method(
         Learner(aofp), "training", "widths", 10.0,
         "random subsets of channels ablated while training goes on", "Ding et al. 2019",
+    ),
+    "resconv": Method(
+        RESCONV, "training", "widths and blocks", 10.0,
+        "layers and branches taken out where a factor on each comes to zero", "Xu et al. 2020",
     ),
 }  # fmt: skip
 

@@ -6,6 +6,7 @@ norm statistics as initialised, so that a state_dict can be loaded over it and t
     resnet20, resnet56     CIFAR, 3x32x32, parameter-free shortcut (stride-2 slice, zero channels): He et al. 2016, A
     resnet56_proj          the same with a projection (1x1 convolution and batch norm): option B of the paper
     mobilenet_v2           ImageNet, 3x224x224: Sandler et al. 2018; torchvision's keys (features.*, classifier.1.*)
+    vgg12                  CIFAR, 3x32x32, plain: three stages of four convolutions; after Simonyan and Zisserman 2015
     resnet18, resnet50     ImageNet, 3x224x224: He et al. 2016; torchvision's keys (layer1.0.conv1, downsample.0, fc)
 """
 
@@ -36,6 +37,11 @@ def resnet56_proj() -> nn.Module:
 def mobilenet_v2() -> nn.Module:
     """MobileNetV2 1.0, 3 504 872 parameters."""
     return _seeded(MobileNetV2)
+
+
+def vgg12() -> nn.Module:
+    """Plain CIFAR network of twelve convolutions with batch norm, 170 170 parameters."""
+    return _seeded(Vgg)
 
 
 def resnet18() -> nn.Module:
@@ -99,6 +105,25 @@ class CifarResNet(nn.Module):
         x = F.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
         return self.linear(x.mean((2, 3)))
+
+
+class Vgg(nn.Module):
+    """Stages of equally wide 3x3 convolutions, pooled by two in between; (N, 3, 32, 32) to (N, 10) logits."""
+
+    def __init__(self, widths: tuple[int, ...] = (16, 32, 64), depth: int = 4):
+        super().__init__()
+        layers: list[nn.Module] = []
+        channels = 3
+        for stage, width in enumerate(widths):
+            layers += [nn.MaxPool2d(2)] if stage else []
+            for _ in range(depth):
+                layers += [nn.Conv2d(channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+                channels = width
+        self.features = nn.Sequential(*layers)
+        self.linear = nn.Linear(channels, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(self.features(x).mean((2, 3)))
 
 
 class _Basic(nn.Module):

@@ -55,7 +55,7 @@ def absorb(leaf: Any, chain: Sequence[Link]) -> None:
     for link in chain:
         scale = link.scale.expand(channels)
         if isinstance(link, Shortcut):
-            weight, bias = weight + _dirac(leaf, scale), bias + link.shift
+            weight, bias = weight + dirac(leaf, scale), bias + link.shift
             continue
         bias = bias * scale + link.shift
         if transposed:  # weight (in, out / groups, ...); output channel = group * (out / groups) + column
@@ -67,7 +67,7 @@ def absorb(leaf: Any, chain: Sequence[Link]) -> None:
     _set(leaf, weight, bias)
 
 
-def _dirac(leaf: Any, scale: torch.Tensor) -> torch.Tensor:
+def dirac(leaf: Any, scale: torch.Tensor) -> torch.Tensor:
     """The kernel of ``scale * x``, (C, C / groups, *k): row o takes input o of its own group, at the centre."""
     kernel = torch.zeros_like(leaf.weight, dtype=torch.float64)
     rows = torch.arange(len(scale), device=scale.device)

@@ -117,6 +117,26 @@ def absorb_factors(network: Network) -> Network:
     return rebuilt(new)
 
 
+def prepare(network: Network) -> Network:
+    """``instrument`` without the factors: the same outputs, and a shortcut past every layer that can be removed."""
+    return absorb_factors(instrument(network))
+
+
+def with_open_shortcuts(network: Network) -> Network:
+    """A copy in which shortcuts past removable blocks that carry nothing (m = 0) carry their input (m = 1); the network
+    itself if there are none."""
+    nodes = {n.name: n for n in network.module.graph.nodes}
+    scaled = [_scaled(network, nodes[block.shortcut]) for block in find_blocks(network)]
+    shut = [s[1] for s in scaled if s is not None and operator.attrgetter(s[1])(network.module).item() == 0.0]
+    if not shut:
+        return network
+    new = network.copy()
+    with torch.no_grad():
+        for path in shut:
+            operator.attrgetter(path)(new.module).fill_(1.0)
+    return new
+
+
 def _multiply(leaf: Any, factor: float) -> None:
     """Scale what a layer gives. A batch norm without parameters gets some."""
     with torch.no_grad():

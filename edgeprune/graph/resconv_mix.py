@@ -15,11 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from edgeprune.graph.affine import dirac, of_batch_norm
 from edgeprune.graph.blocks import find_blocks
-from edgeprune.graph.network import Network
+from edgeprune.graph.network import BATCH_NORMS, CONVS, Network
 from edgeprune.graph.resconv import Factor, factors
 
 aten = torch.ops.aten
+
+SMALLEST = 1e-2  # scale of a batch norm's channel relative to its mean, below which rounding would grow too much
 
 
 def carried(network: Network, batches: Iterable[Tensor]) -> dict[str, float]:
@@ -78,14 +81,39 @@ def mix(network: Network, scales: Mapping[str, float]) -> Network:
 
 
 def unmix(mixed: Network, network: Network) -> Network:
-    """The network that ``mixed``, trained since, computes, in the form of ``network``, which it was made of."""
+    """The network that ``mixed``, trained since, computes in evaluation mode, in the form of ``network``, which it was
+    made of.
+
+    A shortcut then carries m * x whatever its lam is, as it would have to without the layer, and the layer's kernel has
+    the rest: ``lam * BN(conv(x)) + (1 - lam) * m * x == lam * BN(conv(x) - (m / s) * x) + m * x``, s the scale of the
+    batch norm. Where s all but vanishes, m becomes (1 - lam) * m instead.
+    """
     new = network.copy()
     new.module.load_state_dict(mixed.module.state_dict())
+    nodes = {n.name: n for n in new.module.graph.nodes}
+    blocks = {b.name: b for b in find_blocks(new)}
     for factor, _ in _shortcuts(new):
-        m = _parameter(new, str(factor.m))
+        lam, m = _parameter(new, factor.lam), _parameter(new, str(factor.m))
         with torch.no_grad():
-            m.mul_(1 - _parameter(new, factor.lam))
+            if lam.item() != 0.0 and not _hand_over(new, _value(nodes[blocks[factor.block].branch]), m.item()):
+                m.mul_(1 - lam)
     return new
+
+
+def _hand_over(network: Network, value: fx.Node, m: float) -> bool:
+    """Take m * x out of what a convolution, or a convolution and its batch norm, gives of x; whether that was done."""
+    scale = torch.ones((), dtype=torch.float64)
+    leaf: Any = network.module.get_submodule(str(value.target))
+    if isinstance(leaf, BATCH_NORMS):
+        scale = of_batch_norm(leaf).scale
+        while not isinstance(leaf, CONVS):  # dropouts in between are idle
+            value = value.all_input_nodes[0]
+            leaf = network.module.get_submodule(str(value.target))
+    if bool((scale.abs() < SMALLEST * scale.abs().mean()).any()):
+        return False
+    taken = dirac(leaf, (m / scale).expand(leaf.out_channels))
+    leaf.weight.copy_(leaf.weight.double() - taken)
+    return True
 
 
 def _shortcuts(network: Network) -> list[tuple[Factor, fx.Node]]:

@@ -1,5 +1,10 @@
 """The certificate of a run: its cuts, applied to the original's own weights, equal the original with those channels
-masked to zero. It proves the surgery of this very run, apart from any refitting or training of weights."""
+masked to zero. It proves the surgery of this very run, apart from any refitting or training of weights.
+
+A method that learns what can go may cut another network than the original: one with more in it that can go, of the same
+outputs, which is shown too. Its cuts are applied to the weights that it had before training. A shortcut that carried
+nothing there carries its input here, since behind a removed layer zeros would be compared with zeros.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +15,7 @@ from edgeprune.graph.blocks import find_blocks
 from edgeprune.graph.channels import analyse
 from edgeprune.graph.masking import masked_outputs
 from edgeprune.graph.network import Network
+from edgeprune.graph.resconv import with_open_shortcuts
 from edgeprune.graph.surgery import cut, remove
 from edgeprune.plan.problem import Recipe
 
@@ -21,7 +27,7 @@ def certify(original: Network, recipe: Recipe, batch: int = 2) -> float:
 
     Raises VerificationError above 1e-4.
     """
-    network, worst = original, 0.0
+    network, worst = with_open_shortcuts(original), 0.0
     inputs = original.random_inputs(batch)
     for number, plan in enumerate(recipe.steps, 1):
         channels = analyse(network)
@@ -31,8 +37,7 @@ def certify(original: Network, recipe: Recipe, batch: int = 2) -> float:
             actual = narrowed.module(*inputs)
         actual = actual if isinstance(actual, (tuple, list)) else (actual,)
         for ours, theirs in zip(actual, expected, strict=True):
-            scale = max(float(theirs.double().abs().max()), 1e-30)
-            error = float((ours.double() - theirs.double()).abs().max()) / scale
+            error = _error(ours, theirs)
             worst = error if not error <= worst else worst  # a NaN stays
         if not worst <= TOLERANCE:
             raise VerificationError(
@@ -41,3 +46,24 @@ def certify(original: Network, recipe: Recipe, batch: int = 2) -> float:
             )
         network = remove(narrowed, [b for b in find_blocks(narrowed) if b.name in plan.removed])
     return worst
+
+
+def certify_same(original: Network, start: Network, batch: int = 2) -> float:
+    """Largest difference of any output between the original and what a method made of it before it learnt, relative to
+    the largest output. Raises VerificationError above 1e-4."""
+    inputs = original.random_inputs(batch)
+    with torch.no_grad():
+        expected, actual = original.module.eval()(*inputs), start.module.eval()(*inputs)
+    pairs = zip(*(v if isinstance(v, (tuple, list)) else (v,) for v in (actual, expected)), strict=True)
+    worst = max(_error(ours, theirs) for ours, theirs in pairs)
+    if not worst <= TOLERANCE:
+        raise VerificationError(
+            f"preparing {original.origin} for learning changed its outputs by {worst:.3g} of the largest; expected at "
+            f"most {TOLERANCE:g}. Please report this network, and use another --method meanwhile"
+        )
+    return worst
+
+
+def _error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    scale = max(float(theirs.double().abs().max()), 1e-30)
+    return float((ours.double() - theirs.double()).abs().max()) / scale

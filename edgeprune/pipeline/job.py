@@ -20,10 +20,10 @@ from edgeprune.graph.fold import denormals, fold
 from edgeprune.graph.network import Network
 from edgeprune.graph.resolution import Size, at_resolution, size_of
 from edgeprune.latency.networks import Timings
-from edgeprune.methods import LEARNERS, PLANNERS, SELECTORS
+from edgeprune.methods import LEARNERS, PLANNERS, SELECTORS, method_name
 from edgeprune.pipeline import workdir
 from edgeprune.pipeline.budget import Budget
-from edgeprune.pipeline.certificate import certify
+from edgeprune.pipeline.certificate import certify, certify_same
 from edgeprune.pipeline.judging import Judge
 from edgeprune.pipeline.learned import after_search, search_and_shrink
 from edgeprune.pipeline.pricing import Pricing
@@ -146,7 +146,7 @@ def run(job: Job, pricing: Pricing, progress: Callback) -> Outcome:
             if job.folder:
                 workdir.store(job.folder, key, shrunk)
     network = shrunk.network.copy()
-    certificate = certify(start, shrunk.recipe)
+    certificate = max(certify(start, shrunk.recipe), certify_same(base, start) if start is not base else 0.0)
     accuracy["shrunk"] = _accuracy(network, held_out)
     config, history = job.recovery, None
     if config is not None and shrunk.learning is not None:
@@ -229,10 +229,14 @@ def _shrunk(
     assert data is not None
     assert job.recovery is not None
     learner = LEARNERS[job.method]
+
+    def judge_of(trained: Network) -> Judge:
+        return Judge(trained, SELECTORS[method_name(None, True)].function, calibration, progress, labels)
+
     return search_and_shrink(
         start, base, pricing.original_ms, start_ms, budget_ms, pricing, learner.function, data, job.recovery,
         job.folder / f"search-{key}.pt" if job.folder else None, pricing.clock, progress, planner.function,
-        "widths" not in (learner.decides, planner.decides),
+        "widths" not in (learner.decides, planner.decides), judge_of,
     )  # fmt: skip
 
 

@@ -2,7 +2,8 @@
 
 The search gets a share of the time for training, recovery after the cut gets what it leaves. What the learner found
 comes as rankings and damages; so the exact planner repeats the learner's own end where that measures within the
-budget, and goes a step further or back where it does not.
+budget, and goes a step further or back where it does not. A learner that ranks nothing leaves a trained network that is
+judged as any other: by what its cuts do to *its* outputs, in rounds, repaired after each.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Protocol
 
+from edgeprune.graph.leftovers import lone_activations
 from edgeprune.graph.network import Network
 from edgeprune.pipeline.apply import State
 from edgeprune.pipeline.fit import AIM
@@ -25,6 +28,13 @@ from edgeprune.train.learner import Learner, Lesson, Price
 
 SEARCH_SHARE = 0.5  # of the training time, at most
 LEAST_RECOVERY = 0.1
+
+
+class Judging(Protocol):
+    """The two things a planning round asks (pipeline/judging.py)."""
+
+    def judge(self, state: State, anatomy: Anatomy, candidates: Sequence[Widths]) -> Judgement: ...
+    def repair(self, state: State) -> Network: ...
 
 
 def search_and_shrink(
@@ -42,12 +52,14 @@ def search_and_shrink(
     progress: Callable[[float, float, str], None],
     planner: Planner,
     removes_blocks: bool,
+    judge_of: Callable[[Network], Judging],
 ) -> Shrunk:
     """As ``shrink``, with a learner in place of the judge; ``Shrunk.learning`` tells of its training.
 
     start:  what the learner made of the original to learn from, of ``start_ms``; the recipe is made for it
     config: of the search and the recovery together
     removes_blocks: whether both learner and planner do
+    judge_of: of what a learner trained without ranking it
     """
     anatomy = dissect(start, prices.fusion)
     candidates = prices.prepare(anatomy)
@@ -66,11 +78,29 @@ def search_and_shrink(
     def judge(state: State, anatomy: Anatomy, candidates: Sequence[Widths]) -> Judgement:
         return Judgement(learned.rankings, learned.block_damage)
 
-    shrunk = shrink(
-        learned.network, original_ms, budget_ms, prices, judge, lambda state: state.network, clock, progress, planner,
-        removes_blocks, start_ms, rounds=1,
-    )  # fmt: skip
+    if learned.rankings or learned.block_damage:
+        shrunk = shrink(
+            learned.network, original_ms, budget_ms, prices, judge, lambda state: state.network, clock, progress,
+            planner, removes_blocks, start_ms, rounds=1,
+        )  # fmt: skip
+    else:
+        usual = judge_of(learned.network)
+        shrunk = shrink(
+            learned.network, original_ms, budget_ms, prices, usual.judge, usual.repair, clock, progress, planner,
+            removes_blocks, start_ms,
+        )  # fmt: skip
+    learned.history.notes.extend(_left_behind(shrunk.network, data))
     return replace(shrunk, learning=learned.history)
+
+
+def _left_behind(network: Network, data: DataSet) -> list[str]:
+    sample = [x for x, _ in data.batches(64, shuffle_seed=0, limit=64)]
+    found = lone_activations(network, sample[:1])
+    return [
+        f"activation {name} stays behind a removed layer: dropping it would change the outputs by {error:.2g} of "
+        "their squared size"
+        for name, error in found.items()
+    ]
 
 
 def pricing_of(anatomy: Anatomy, candidates: Sequence[Widths], prices: Prices, correction: float) -> Price:

@@ -68,11 +68,34 @@ def test_what_the_factor_gives_up_the_shortcut_takes_over(net):
         for factor, lam in zip(factors(net), (0.25, 0.0, 0.6), strict=True):
             mixed.module.get_parameter(factor.lam).fill_(lam)
     plain = unmix(mixed, net)
-    assert plain.module.get_parameter("same_res.m").item() == pytest.approx(0.75 * 1.3)
+    assert plain.module.get_parameter("same_res.m").item() == pytest.approx(1.3)
     assert plain.module.get_parameter("bare_res.m").item() == pytest.approx(0.4)
     assert [n.name for n in plain.module.graph.nodes] == [n.name for n in net.module.graph.nodes]
     assert relative_error(outputs(mixed, x), outputs(plain, x)) <= 1e-6
     assert relative_error(outputs(mixed, x), outputs(net, x)) > 0.05
+
+
+def test_a_batch_norm_that_hides_a_channel_keeps_its_share(net):
+    with torch.no_grad():
+        net.module.get_parameter("norm.weight")[2] = 1e-9
+    x = net.random_inputs(4)[0]
+    mixed = mix(net, {"same": 1.3, "bare": 0.4})
+    with torch.no_grad():
+        mixed.module.get_parameter("same_res.lam").fill_(0.25)
+    plain = unmix(mixed, net)
+    assert plain.module.get_parameter("same_res.m").item() == pytest.approx(0.75 * 1.3)
+    assert relative_error(outputs(mixed, x), outputs(plain, x)) <= 1e-6
+
+
+def test_a_layer_that_does_what_its_shortcut_does_gives_nothing_any_more(net):
+    """So without the layer nothing changes."""
+    with torch.no_grad():
+        nn.init.dirac_(net.module.get_parameter("bare.weight"))
+        net.module.get_parameter("bare.bias").zero_()
+    mixed = mix(net, {"same": 1.3, "bare": 1.0})
+    with torch.no_grad():
+        mixed.module.get_parameter("bare_res.lam").fill_(0.8)
+    assert not unmix(mixed, net).module.get_parameter("bare.weight").any()
 
 
 def test_all_parameters_get_gradients(net):

@@ -1,0 +1,204 @@
+"""Learning which layers a network can do without: layer factors under an L1 penalty that latency prices.
+
+Source: ResConv layer pruning (Xu et al., 2020): train with ``loss + alpha * sum |lam_l|``, delete layers whose factor
+died. Latency version: ``alpha_l = alpha * L_l / mean(L)``, L_l the milliseconds that removing layer l saves.
+Shapes: every lam and m is one number; graph/resconv.py puts them into the network.
+
+The penalty is taken as a proximal step after the optimiser's, ``lam <- sign(lam) * max(|lam| - lr * alpha_l, 0)``,
+since gradient steps on |lam| never reach zero; lr is the step that a constant gradient makes with momentum. What a
+factor multiplies keeps its scale (a batch norm its weights, a convolution without one the norm of its own), or that
+would grow as the factor shrinks.
+
+Deviations
+    While a plain layer is learnt, its shortcut carries ``(1 - lam) * m * x`` (graph/resconv_mix.py), where m starts at
+    the scale of the layer and does not fall below it; otherwise batch norms hide the factors of plain networks.
+    alpha rises over the run, geometrically, until the layers at zero save enough latency; then the penalty ends, these
+    layers stay at zero, and the others recover. A layer dies when alpha exceeds what the loss loses with it, so layers
+    go in the order of what they are worth per millisecond, and there is no alpha to choose: it ends at the loss of a
+    network that knows nothing. The source has one alpha.
+    At most a share of what could be removed is, so that a budget beyond that leaves something for narrower layers.
+    Where training ends, every layer left over is judged by what its removal does to the output, as with all methods; so
+    a factor that is small without being zero says nothing by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edgeprune.errors import UnsupportedModelError
+from edgeprune.graph.network import Network
+from edgeprune.graph.resconv import absorb_factors, factors, instrument, prepare, refusals
+from edgeprune.graph.resconv_mix import carried, mix, unmix
+from edgeprune.train.config import TrainConfig
+from edgeprune.train.finetune import finetune
+from edgeprune.train.hooks import Hook
+from edgeprune.train.learner import Learned, Learner, Lesson, Price
+from edgeprune.train.loss import Objective, as_outputs
+from edgeprune.train.schedule import Schedule
+
+MEASURED = 256  # images that tell how much a layer gives and its shortcut would carry
+TINY = 1e-12
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """
+    first, last: alpha of a layer of average price at the first step, and from ``full`` of the run on, in units of the
+        loss of a network that always gives the same answer
+    most:        share of the latency of all removable layers that is taken
+    """
+
+    first: float = 1e-3
+    last: float = 2.0
+    full: float = 0.8
+    most: float = 0.5
+
+
+class LayerFactors(Hook):
+    """Drives the factors of a student towards zero.
+
+    network:    what ``instrument`` made
+    student:    the network that is trained: ``network``, mixed (graph/resconv_mix.py)
+    latency_ms: as in ``Lesson``
+    budget_ms:  the penalty ends when the network without its layers at zero is predicted to take no more than this
+    loss:       of a network that always gives the same answer
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        student: Network,
+        latency_ms: Price,
+        budget_ms: float,
+        config: TrainConfig,
+        loss: float = 1.0,
+        settings: Settings | None = None,
+    ) -> None:
+        self.config, self.settings, self.loss = config, settings or Settings(), loss
+        self.factors = factors(network)
+        module = student.module
+        self.lams = [module.get_parameter(f.lam) for f in self.factors]
+        self.ms = [None if f.m is None else module.get_parameter(f.m) for f in self.factors]
+        self.floors = [0.0 if m is None else m.item() for m in self.ms]
+        leaves: list[Any] = [module.get_submodule(f.leaf) for f in self.factors if f.leaf is not None]
+        self.leaves = [leaf for leaf in leaves if leaf.weight is not None]
+        full_ms = latency_ms({}, ())
+        saved = [max(full_ms - latency_ms({}, (f.block,)), 0.0) for f in self.factors]
+        mean = sum(saved) / max(len(saved), 1)
+        self.prices = [s / mean if mean > 0 else 1.0 for s in saved]  # of an average layer: 1
+        self.latency_ms = latency_ms
+        self.enough_ms = max(budget_ms, full_ms - self.settings.most * sum(saved))
+        self.enough = False
+        self.dead: list[int] = []
+        self.scales: list[Tensor] = []
+        self.steps = 1
+
+    def removed(self) -> tuple[str, ...]:
+        """Blocks whose factor is zero."""
+        return tuple(self.factors[i].block for i in self.dead)
+
+    def key(self) -> str:
+        return f"resconv {self.settings} {[f.lam for f in self.factors]}"
+
+    def start(self, steps: int) -> None:
+        self.steps = steps
+        self.scales = [_scale(leaf).clone() for leaf in self.leaves]
+
+    def after_step(self, step: int, x: Tensor) -> None:
+        for leaf, scale in zip(self.leaves, self.scales, strict=True):
+            leaf.weight.copy_(scale if scale.dim() else leaf.weight * (scale / _scale(leaf).clamp_min(TINY)))
+        for lam, m, floor in zip(self.lams, self.ms, self.floors, strict=True):
+            if m is not None:
+                m.clamp_(min=floor)
+                lam.clamp_(0.0, 1.0)
+        if self.enough:
+            for i in self.dead:
+                self.lams[i].zero_()
+            return
+        pull = self._rate(step) * self.alpha(step)
+        for lam, price in zip(self.lams, self.prices, strict=True):
+            lam.copy_(shrunk(lam, pull * price))
+        dead = [i for i, lam in enumerate(self.lams) if lam.item() == 0.0]
+        if dead != self.dead:
+            self.dead = dead
+            self.enough = self.latency_ms({}, self.removed()) <= self.enough_ms
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "steps": self.steps,
+            "enough": self.enough,
+            "enough_ms": self.enough_ms,
+            "dead": list(self.dead),
+            "prices": list(self.prices),
+            "loss": self.loss,
+            "scales": [scale.clone() for scale in self.scales],
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.steps, self.enough, self.enough_ms = state["steps"], state["enough"], state["enough_ms"]
+        self.dead, self.prices, self.loss = list(state["dead"]), list(state["prices"]), state["loss"]
+        self.scales = [scale.to(leaf.weight) for scale, leaf in zip(state["scales"], self.leaves, strict=False)]
+
+    def alpha(self, step: int) -> float:
+        """The penalty's weight for a layer of average price."""
+        settings = self.settings
+        share = min(step / (settings.full * self.steps), 1.0)
+        return self.loss * settings.first * (settings.last / settings.first) ** share
+
+    def _rate(self, step: int) -> float:
+        step = min(step, self.steps - 1)  # a run under a time limit may become longer than it was planned
+        schedule = Schedule(self.steps, self.config.warmup, step, step / self.steps)
+        return self.config.lr * schedule.factor() / (1 - self.config.momentum)
+
+
+def resconv(lesson: Lesson) -> Learned:
+    """Train a copy of the network with its layer factors under the penalty. The result has shortcuts and no factors:
+    those are in the weights. It ranks nothing itself: it is to be judged as any network is.
+
+    Raises UnsupportedModelError when there is nothing that can be removed, and what ``finetune`` raises.
+    """
+    data, config = lesson.data, lesson.config
+    network, teacher = instrument(lesson.network), lesson.teacher.copy()
+    inputs = [x for x, _ in data.batches(64, shuffle_seed=config.seed, limit=MEASURED)]
+    student = mix(network, carried(network, inputs))
+    hook = LayerFactors(
+        network, student, lesson.latency_ms, lesson.budget_ms, config, _loss_of_constant(teacher, inputs, lesson)
+    )
+    if not hook.factors:
+        reasons = "; ".join(f"{path} {reason}" for path, reason in list(refusals(network).items())[:3])
+        raise UnsupportedModelError(
+            f"{lesson.network.origin}: no layer or branch of this network can be removed ({reasons}); "
+            "`edgeprune compress` with another --method narrows its layers"
+        )
+    history = finetune(student.module, teacher.module, data, config, lesson.checkpoint, lesson.progress, hooks=[hook])
+    history.notes.append(
+        f"resconv: {len(hook.dead)} of {len(hook.factors)} factors came to zero, predicted "
+        f"{lesson.latency_ms({}, hook.removed()):.4g} ms without their layers, {lesson.budget_ms:.4g} ms asked"
+    )
+    return Learned(absorb_factors(unmix(student, network)), {}, {}, history)
+
+
+def _loss_of_constant(teacher: Network, inputs: Sequence[Tensor], lesson: Lesson) -> float:
+    with torch.no_grad():
+        answers = [as_outputs(teacher.module.eval()(x)) for x in inputs]
+    sample = tuple(torch.cat(parts) for parts in zip(*answers, strict=True))
+    return Objective(lesson.config, sample, lesson.data.labelled, True, lesson.data.name).of_constant(sample, None)
+
+
+def _scale(leaf: Any) -> Tensor:
+    """What must not grow: a batch norm's weights one by one, a weighted layer's as a whole."""
+    weight: Tensor = leaf.weight.detach()
+    return weight if weight.dim() == 1 else weight.norm()
+
+
+def shrunk(lam: Tensor, threshold: float) -> Tensor:
+    """The proximal step of ``threshold * |lam|``: towards zero by ``threshold``, and not past it."""
+    return lam.sign() * (lam.abs() - threshold).clamp_min(0.0)
+
+
+RESCONV = Learner(resconv, prepare)
