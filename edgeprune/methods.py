@@ -146,7 +146,7 @@ def method_name(name: str | None, data: bool) -> str:
 
 def planner_name(name: str | None, data: bool) -> str:
     """The planner to use; as ``method_name``."""
-    return _usable(PLANNERS, "planner", name or "exact", data, "tries its moves on images")
+    return _usable(PLANNERS, "planner", name or "exact", data, "decides by what it sees in images")
 
 
 def table() -> list[dict[str, Any]]:

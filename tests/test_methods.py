@@ -35,7 +35,9 @@ def test_unknown_method():
 def test_planners_are_checked_in_the_same_way():
     assert planner_name(None, data=False) == planner_name("exact", data=False) == "exact"
     assert planner_name("hbgts", data=True) == "hbgts"
-    with pytest.raises(UsageError, match="--planner hbgts tries its moves on images; give --data, or use --planner e"):
+    with pytest.raises(
+        UsageError, match="--planner hbgts decides by what it sees in images; give --data, or use --planner e"
+    ):
         planner_name("hbgts", data=False)
     with pytest.raises(UsageError, match=f"known planners: {', '.join(PLANNERS)}"):
         planner_name("luck", data=True)

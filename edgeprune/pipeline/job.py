@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from edgeprune.deploy.export import to_onnx
@@ -35,6 +36,7 @@ from edgeprune.train.config import Progress as Step
 from edgeprune.train.dataset import DataSet
 from edgeprune.train.evaluate import agreement, evaluate, output_error
 from edgeprune.train.finetune import finetune
+from edgeprune.train.loss import as_outputs, check_labels, is_probabilities, is_scores
 
 Callback = Callable[[float, float, str], None]
 
@@ -75,7 +77,7 @@ class Job:
             raise UsageError(f"--method {self.method} trains while it chooses: it needs --data, and --minutes above 0")
         if PLANNERS[self.planner].needs != "nothing":
             raise UsageError(
-                f"--planner {self.planner} tries its moves before anything is trained, and --method {self.method} "
+                f"--planner {self.planner} looks at images before anything is trained, and --method {self.method} "
                 "decides by training; use --planner exact"
             )
 
@@ -109,7 +111,7 @@ def run(job: Job, pricing: Pricing, progress: Callback) -> Outcome:
     training, held_out = _splits(job)
     progress(0.0, 1.0, "evaluating the original")
     accuracy = {"original": _accuracy(original, held_out)}
-    key = workdir.digest(original, _options(job, pricing), _calibration(training, 64, job.seed)[0])
+    key = workdir.digest(original, _options(job, pricing), _calibration(original, training, 64, job.seed)[0])
     with clock("export"):
         original_onnx = to_onnx(fold(original)).SerializeToString()
     with clock("measure original"):
@@ -129,7 +131,7 @@ def run(job: Job, pricing: Pricing, progress: Callback) -> Outcome:
         size, scaling = _resolution(job, key, original_ms, budget_ms, training, pricing, progress)
     base = original if size is None else at_resolution(original, size)
     training, held_out = (_seen(data, base) for data in (training, held_out))
-    calibration, labels = _calibration(training, job.images, job.seed)
+    calibration, labels = _calibration(base, training, job.images, job.seed)
     instrument = LEARNERS[job.method].function.instrument if job.method in LEARNERS else None
     start = base if instrument is None else instrument(base)
     with clock("shrink"):
@@ -190,7 +192,7 @@ def _resolution(
     found = workdir.recall_scaling(job.folder, key) if job.folder else None
     if found is None:
         rest, apart = training.split(score_images(job.network, len(training)) / len(training), job.seed + 1)
-        batches, labels = _calibration(rest, job.images, job.seed)
+        batches, labels = _calibration(job.network, rest, job.images, job.seed)
         judge = Judge(
             job.network, SELECTORS[job.method if job.method in SELECTORS else "cap"].function, batches, say, labels
         )
@@ -246,11 +248,21 @@ def _training_key(config: TrainConfig, shrunk: Shrunk, data: DataSet) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _calibration(data: DataSet | None, images: int, seed: int) -> tuple[list[torch.Tensor], torch.Tensor | None]:
-    """Inputs in batches, and the classes of all of them if they are known."""
+def _calibration(
+    network: Network, data: DataSet | None, images: int, seed: int
+) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+    """Inputs in batches, and the classes of all of them if they are known and the network gives scores of classes."""
     batches = [] if data is None else list(data.batches(64, shuffle_seed=seed, limit=images))
-    labels = [y for _, y in batches if y is not None]
-    return [x for x, _ in batches], torch.cat(labels) if labels else None
+    inputs, labels = [x for x, _ in batches], [y for _, y in batches if y is not None]
+    if data is None or not labels:
+        return inputs, None
+    with torch.no_grad():
+        sample = as_outputs(network.module(inputs[0]))[0]
+    if not is_scores(sample) or is_probabilities(sample):
+        return inputs, None
+    found = torch.cat(labels)
+    check_labels(found.tolist(), sample.shape[1], data.name)
+    return inputs, found
 
 
 def _options(job: Job, pricing: Pricing) -> dict[str, Any]:
@@ -263,8 +275,12 @@ def _options(job: Job, pricing: Pricing) -> dict[str, Any]:
         "seed": job.seed,
         "resolution": job.resolution,
         "training": job.recovery.digest() if job.method in LEARNERS and job.recovery else None,
-        "data": None if job.data is None else [job.data.name, len(job.data)],
+        "data": None if job.data is None else [job.data.name, len(job.data), _digest(job.data.labels)],
     }
+
+
+def _digest(labels: np.ndarray | None) -> str | None:
+    return None if labels is None else hashlib.sha256(np.ascontiguousarray(labels).tobytes()).hexdigest()[:16]
 
 
 def _recover(

@@ -110,6 +110,7 @@ def without_units(consumers: Sequence[Consumer], units: Sequence[int], ridge: fl
         gone = c.columns[torch.as_tensor(list(units), dtype=torch.int64)].reshape(-1)
         stays = torch.ones(len(c.packed), dtype=torch.bool)
         stays[gone] = False
+        stays[:-1] &= c.packed[:-1].any(1)  # columns at zero belong to units that are gone already
         packed = c.packed.clone()
         packed[gone] = 0
         if c.gram is not None and len(gone):

@@ -24,7 +24,7 @@ from torch import Tensor
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 REFACTOR = 64  # down-dates before inverses are computed afresh
 CLEARED = 1e-3  # or when the largest entry of the inverses has shrunk this much
-TOGETHER = 1.5  # units dropped together may cost this much more than the sum of each alone
+TOGETHER = 1.5  # units dropped together may cost this much more than the sum of each alone, or gain less
 TINY = 1e-12
 ROUNDS = 256  # steps of a greedy selection; of more units, several go at a time
 
@@ -191,6 +191,9 @@ class Selection(_Pivots):
             scores = torch.where(self.alive, score(self), -float("inf"))
             count = min(max(1, len(scores) // rounds), len(scores) - len(picked))
             chosen = scores.topk(count).indices.tolist()
+            while count > 1 and TOGETHER * self.change(chosen) < float(self.changes()[chosen].sum()) - TINY:
+                count //= 2  # they explain the same
+                chosen = chosen[:count]
             self.add(chosen)
             picked += chosen
         return picked

@@ -31,6 +31,8 @@ from edgeprune.prune.judge import Judge
 from edgeprune.prune.patches import channel_dim, place_count, values_at
 from edgeprune.prune.program import Program, divergence, outputs, run
 
+# whose statistics run over channels: a zero map between makers and readers would change the others there
+NORMS = ("group_norm", "layer_norm", "instance_norm", "rms_norm", "native_group_norm", "native_layer_norm")
 ROWS = 8192  # sampled positions at which a layer's output is compared
 
 
@@ -51,6 +53,7 @@ class NetworkTrials:
         few = [tuple(parts) for inputs in judge.batches for parts in zip(*(t.split(8) for t in inputs), strict=True)]
         self.original = Reference(judge.reference.program, few)  # a few at once: all layers are sampled in one pass
         self.dead: dict[str, np.ndarray] = {}  # module path -> its output channels that nobody reads any more
+        self.joined = any(str(n.target).partition("aten.")[2].startswith(NORMS) for n in judge.program.nodes)
         self._now: float | None = None  # the final error of what was accepted
 
     @torch.no_grad()
@@ -102,7 +105,7 @@ class NetworkTrials:
         called = {n: str(n.target) for n in program.nodes if n.op == "call_module"}
         for node, path in called.items():
             leaf = program.leaf(node)
-            if path in self.dead and (new := _silenced(leaf, self.dead[path])) is not leaf:
+            if path in self.dead and not self.joined and (new := _silenced(leaf, self.dead[path])) is not leaf:
                 silent[path] = new
                 changed = changed | {node.name}
         if changed:

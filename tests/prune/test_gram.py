@@ -213,6 +213,17 @@ def test_twins_are_not_dropped_together():
     assert damage[19] < 1e-7 < damage[20]
 
 
+def test_twins_are_not_picked_together():
+    rng = torch.Generator().manual_seed(3)
+    rows = torch.randn(400, 32, generator=rng, dtype=torch.float64)
+    rows = torch.cat([rows, rows + 1e-7 * torch.randn(400, 32, generator=rng, dtype=torch.float64)], 1)
+    weight = torch.randn(64, 6, generator=rng, dtype=torch.float64)
+    s = System(rows.T @ rows, weight, float((rows @ weight).square().sum()), torch.arange(64)[:, None])
+    order = Selection([s]).order(lambda now: now.changes().nan_to_num(-1), rounds=8)  # eight at a time
+    assert sorted(order) == list(range(64))
+    assert len({unit % 32 for unit in order[:32]}) == 32
+
+
 def test_rounds_of_several_units_report_the_damage_of_all_that_went():
     rows, s = system(6, units=12, block=2)
     removed, damage = Elimination([s], ridge=0.0).order(rounds=4)

@@ -209,6 +209,51 @@ def test_moves_accepted_together_are_those_accepted_one_by_one_where_they_do_not
     assert together.judge.divergence > 0
 
 
+class _Concat(nn.Module):
+    """Two convolutions whose outputs one layer reads side by side."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(3, 8, 3, padding=1)
+        self.read, self.head = nn.Conv2d(16, 8, 3, padding=1), nn.Linear(8, 5)
+
+    def forward(self, x):
+        both = torch.cat([F.relu(self.a(x)), F.relu(self.b(x))], 1)
+        return self.head(F.relu(self.read(both)).mean((2, 3)))
+
+
+def test_what_is_gone_stays_gone_when_the_same_layer_loses_more(network):
+    torch.manual_seed(0)
+    trials = trials_of(lift(_Concat().eval(), [images(1).shape]))
+    trials.accept(Move("a", 3), Move("b", 4))
+    weight = trials.judge.program.modules["read"].weight
+    gone = np.concatenate([trials.rankings["a"].order[3:], 8 + trials.rankings["b"].order[4:]])
+    assert not weight[:, gone].any()
+    assert weight.abs().sum((0, 2, 3)).count_nonzero() == 7
+
+
+class _GroupNormed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.make, self.norm = nn.Conv2d(3, 16, 3, padding=1), nn.GroupNorm(2, 16)
+        self.read, self.head = nn.Conv2d(16, 8, 3, padding=1), nn.Linear(8, 5)
+        nn.init.uniform_(self.norm.weight, 0.5, 2)
+        nn.init.uniform_(self.norm.bias, -1, 1)
+
+    def forward(self, x):
+        return self.head(F.relu(self.read(F.relu(self.norm(self.make(x))))).mean((2, 3)))
+
+
+def test_accepting_gives_what_trying_promised_across_a_group_norm():
+    torch.manual_seed(0)
+    trials = trials_of(lift(_GroupNormed().eval(), [images(1).shape]))
+    move = Move("make", trials.groups["make"].size // 2)
+    promised = trials.output_error(move)
+    trials.accept(move)
+    assert trials.judge.divergence == pytest.approx(promised, rel=1e-4)
+    assert promised > 0
+
+
 def test_a_group_that_nobody_reads_any_more_costs_nothing(network):
     trials = trials_of(network)
     trials.accept(Move("blocks.2"))

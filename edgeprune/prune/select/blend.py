@@ -80,7 +80,7 @@ def order_of(scores: np.ndarray) -> np.ndarray:
 
 def representatives(ranks: np.ndarray) -> list[int]:
     """One criterion of each cluster, the one nearest to the others in it; in the criteria's order."""
-    if len(ranks) == 1:
+    if 1 in ranks.shape:
         return [0]
     distance = np.clip(1 - np.corrcoef(ranks), 0, 2)  # of ranks, Pearson's correlation is Spearman's
     np.fill_diagonal(distance, 0)

@@ -41,6 +41,10 @@ def test_criteria_that_say_the_same_are_one_cluster():
     assert representatives(np.stack([ranks_of(a), ranks_of(a[::-1])])) == [0, 1]
 
 
+def test_a_single_unit_needs_no_clusters():
+    assert representatives(np.ones((3, 1))) == [0]
+
+
 def test_a_one_hot_mixture_is_that_criterion():
     rng = np.random.default_rng(1)
     orders = [rng.permutation(17) for _ in range(4)]
