@@ -36,6 +36,8 @@ class ResConv2d(nn.Module):
         activation: nn.Module | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(kernel_size, int) or kernel_size < 1 or dilation < 1:
+            raise UsageError(f"kernel_size {kernel_size}, dilation {dilation}: expected numbers of at least 1")
         if kernel_size % 2 == 0:
             raise UsageError(f"kernel_size {kernel_size} has no centre for the shortcut; expected an odd one")
         if channels < 1 or groups < 1 or channels % groups:

@@ -82,7 +82,7 @@ def choose(
     for number, stop in enumerate(stops):
         progress(number, len(stops), "weighing depth, width and resolution")
         state = cut(stop)
-        network = judge.repair(state) if state.recipe.steps else state.network
+        network = judge.repair(state) if stop.plan.widths or stop.plan.removed else state.network
         kind, score = _score(original, network, validation.resized(*stop.size))
         scores.append(score)
     fitted = fit_accuracy(np.array([stop.point for stop in stops]), scores)

@@ -102,8 +102,7 @@ class Aofp(Hook):
     # --- in the training loop -----------------------------------------------------------------------------------
 
     def key(self) -> str:
-        steps = {name: search.widths for name, search in self.searches.items()}
-        return f"aofp {self.settings} {self.seed} {self.budget_ms:.6g} {steps}"
+        return f"aofp {self.settings} {self.seed} {sorted(self.searches)}"
 
     def start(self, steps: int) -> None:
         settings = self.settings
@@ -144,13 +143,18 @@ class Aofp(Hook):
             "steps": self.steps,
             "began": list(self.began),
             "watching": self.ablation.watching,
+            # another process prices the same network a little differently: what was asked is the share, and the widths
+            "share": self.budget_ms / self.latency_ms({}, ()),
+            "widths": {name: list(search.widths) for name, search in self.searches.items()},
             "searches": {name: search.state() for name, search in self.searches.items()},
         }
 
     def load(self, state: dict[str, Any]) -> None:
         self.theta, self.period, self.first = state["theta"], state["period"], state["first"]
         self.steps, self.began = state["steps"], (state["began"][0], state["began"][1])
+        self.budget_ms = state["share"] * self.latency_ms({}, ())
         for name, search in self.searches.items():
+            search.widths = tuple(state["widths"][name])
             search.load(state["searches"][name])
         self.ablation.watching = state["watching"]
         self.ablation.forget()

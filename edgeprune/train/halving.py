@@ -156,7 +156,7 @@ class Search:
     def _narrow(self, ranked: np.ndarray) -> None:
         """Go on among the better half of the search space, or start again where that is too small for a step."""
         half = ranked[: len(ranked) // 2]
-        if len(half) < self.width and self._step(len(half)):
+        if self._step(len(half)):
             space = np.zeros(self.size, bool)
             space[half] = True
             self._begin(space)

@@ -132,7 +132,7 @@ class LayerFactors(Hook):
         return {
             "steps": self.steps,
             "enough": self.enough,
-            "enough_ms": self.enough_ms,
+            "enough_share": self.enough_ms / self.latency_ms({}, ()),  # another process prices a little differently
             "dead": list(self.dead),
             "prices": list(self.prices),
             "loss": self.loss,
@@ -140,7 +140,8 @@ class LayerFactors(Hook):
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        self.steps, self.enough, self.enough_ms = state["steps"], state["enough"], state["enough_ms"]
+        self.steps, self.enough = state["steps"], state["enough"]
+        self.enough_ms = state["enough_share"] * self.latency_ms({}, ())
         self.dead, self.prices, self.loss = list(state["dead"]), list(state["prices"]), state["loss"]
         self.scales = [scale.to(leaf.weight) for scale, leaf in zip(state["scales"], self.leaves, strict=False)]
 

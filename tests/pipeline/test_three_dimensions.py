@@ -183,9 +183,9 @@ def test_the_clock_overrules_the_table():
         return now if untouched else now + 0.1 * whole
 
     told = chosen(network, 0.5, clock=late).document["chosen"]
-    if told["measured_ms"] is not None:
-        assert told["measured_ms"] <= 0.5 * predicted_ms(dissect(network), Sizes())
-        assert told["predicted_ms"] == told["measured_ms"]
+    assert len(calls) > 1
+    assert told["measured_ms"] is not None
+    assert told["measured_ms"] <= 0.5 * predicted_ms(dissect(network), Sizes())
 
 
 def test_what_the_task_does_not_need_goes():
