@@ -30,7 +30,8 @@ from edgeprune.prune.patches import output_places, rows_at
 from edgeprune.prune.select.curve import Curve, LocalCurve, along
 
 PLACES = 8192  # sampled places of each reader
-OUTPUTS = 8  # sampled output channels at each place
+OUTPUTS = 4  # sampled output channels at each place
+CHUNK = 256  # places at once
 RIDGE = 1e-12
 
 
@@ -51,9 +52,10 @@ def thinet_omp(judge: Judge, groups: Sequence[ChannelGroup]) -> Curve:
 
 
 def contributions(rows: Tensor, consumer: Consumer, outputs: Tensor) -> Tensor:
-    """(n, units) float64: what each unit adds to the reader's output ``outputs[i]`` (n,) at place i; rows (n, p)."""
-    columns = consumer.columns
-    return (rows.double()[:, columns] * consumer.packed.double().T[outputs][:, columns]).sum(2)
+    """(n, draws, units) float64: what each unit adds to the reader's outputs ``outputs[i]`` (n, draws) at place i; rows
+    (n, p)."""
+    weights = consumer.packed.T[:, consumer.columns]  # (outputs, units, block)
+    return torch.einsum("iub,idub->idu", rows[:, consumer.columns], weights[outputs]).double()
 
 
 def contribution_gram(judge: Judge, consumers: Sequence[Consumer]) -> Tensor:
@@ -65,10 +67,10 @@ def contribution_gram(judge: Judge, consumers: Sequence[Consumer]) -> Tensor:
         values = judge.values(c.sources)
         for name in c.sources:
             where = judge.reference.where(output_places(c.leaf, values[name][0]), PLACES)
-            for rows in in_parts(rows_at(c.leaf, values[name], where))[c.part].cpu().split(1024):
-                for _ in range(OUTPUTS):
-                    x = contributions(rows, c, torch.randint(c.packed.shape[1], (len(rows),), generator=generator))
-                    own += x.T @ x
+            for rows in in_parts(rows_at(c.leaf, values[name], where))[c.part].cpu().split(CHUNK):
+                outputs = torch.randint(c.packed.shape[1], (len(rows), OUTPUTS), generator=generator)
+                x = contributions(rows, c, outputs).flatten(0, 1)
+                own += x.T @ x
         total += own / own.sum().clamp_min(1e-30)  # 1^T G 1 = ||y||^2
     return total
 

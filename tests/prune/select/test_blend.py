@@ -9,7 +9,7 @@ from edgeprune.graph.channels import analyse
 from edgeprune.prune.consumers import find_consumers, without_units
 from edgeprune.prune.judge import Judge
 from edgeprune.prune.select import blend as blending
-from edgeprune.prune.select.blend import CRITERIA, TRIALS, blend, evolve, order_of, ranks_of, representatives
+from edgeprune.prune.select.blend import CRITERIA, SHARE, TRIALS, blend, evolve, order_of, ranks_of, representatives
 from edgeprune.prune.select.cap import cap
 from edgeprune.prune.select.curve import from_scores
 from edgeprune.prune.select.fp import fp_backward_out
@@ -93,7 +93,7 @@ def test_trials_are_bounded_and_none_is_made_twice():
 def test_a_blend_is_no_worse_than_any_of_its_criteria(judge):
     group, consumers = group_of(judge)
     curve = blend(judge, [group])(group, consumers)
-    width = group.size // 2
+    width = round(SHARE * group.size)
 
     def error(order):
         return judge.exchanged_error(without_units(consumers, order[width:].tolist()))

@@ -159,10 +159,11 @@ def test_contributions_add_up_to_the_layers_real_output(kind):
     bias = leaf.bias.detach().double() if leaf.bias is not None else torch.zeros(4, dtype=torch.float64)
     for c in consumers:
         own = slice(c.part * c.packed.shape[1], (c.part + 1) * c.packed.shape[1])
-        outputs = torch.arange(len(real)) % c.packed.shape[1]
-        found = contributions(in_parts(rows_at(leaf, x, where))[c.part], c, outputs).sum(1)
-        picked = torch.arange(len(real)), outputs
-        torch.testing.assert_close(found, (real - bias)[:, own][picked], rtol=1e-5, atol=1e-5)
+        outputs = torch.stack(
+            [torch.arange(len(real)) % c.packed.shape[1], torch.zeros(len(real), dtype=torch.int64)], 1
+        )
+        found = contributions(in_parts(rows_at(leaf, x, where))[c.part], c, outputs).sum(2)
+        torch.testing.assert_close(found, (real - bias)[:, own].gather(1, outputs), rtol=1e-5, atol=1e-5)
 
 
 class TwoReaders(nn.Module):
