@@ -21,8 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, OptimizeWarning, milp
-from scipy.sparse import csr_array
+import scipy  # its parts load when they are first used: a third of a second that only planning needs
 
 from edgeprune.plan.factors import Model
 
@@ -200,7 +199,7 @@ def solve_milp(
     finite = objective[(objective > 0) & (objective <= cutoff)]
     unit = SCALE / (cutoff if math.isfinite(cutoff) and cutoff > 0 else float(finite.max()) if len(finite) else 1.0)
     r, c, v = (np.concatenate(parts) for parts in zip(*rows.triples, strict=True))
-    matrix = csr_array((v, (r, c)), shape=(len(rows.low), n_columns))
+    matrix = scipy.sparse.csr_array((v, (r, c)), shape=(len(rows.low), n_columns))
     binary = np.array(rows.binary)
     upper = np.ones(n_columns)
     if math.isfinite(cutoff) and not minimise_latency:
@@ -213,12 +212,12 @@ def solve_milp(
     }
     with warnings.catch_warnings(), _quiet():
         warnings.simplefilter("ignore", RuntimeWarning)  # scipy hands options it does not know to HiGHS, with a warning
-        warnings.simplefilter("ignore", OptimizeWarning)
-        result = milp(
+        warnings.simplefilter("ignore", scipy.optimize.OptimizeWarning)
+        result = scipy.optimize.milp(
             np.where(upper > 0, objective, 0.0) * unit,
             integrality=binary.astype(int),
-            bounds=Bounds(np.zeros(n_columns), upper),
-            constraints=LinearConstraint(matrix, np.array(rows.low), np.array(rows.high)),
+            bounds=scipy.optimize.Bounds(np.zeros(n_columns), upper),
+            constraints=scipy.optimize.LinearConstraint(matrix, np.array(rows.low), np.array(rows.high)),
             options=options,
         )
     if any(f"Status {n}:" in result.message for n in (8, 9)):  # infeasible; scipy's 2 is also a model HiGHS refuses

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import lsq_linear, minimize
+import scipy
 
 from edgeprune.errors import UsageError
 
@@ -112,7 +112,7 @@ def fit_accuracy(
         for i in range(3):
             others = math.prod(bases[j] @ steps[j] @ rises[j] for j in range(3) if j != i)
             system = (bases[i] @ steps[i]) * np.asarray(others)[:, None]
-            rises[i] = lsq_linear(system * root[:, None], y * root, bounds=(0, np.inf), tol=1e-15).x
+            rises[i] = scipy.optimize.lsq_linear(system * root[:, None], y * root, bounds=(0, np.inf), tol=1e-15).x
             if i:  # only the first factor carries the scale
                 top = float((steps[i] @ rises[i])[-1])
                 if top > 0:
@@ -140,7 +140,7 @@ def fit_latency(points: np.ndarray, latencies_ms: np.ndarray | Sequence[float]) 
     """Least squares in logarithms; powers are not negative."""
     x = np.log(np.asarray(points, dtype=float))
     system = np.column_stack([np.ones(len(x)), x])
-    found = lsq_linear(system, np.log(latencies_ms), bounds=([-np.inf, 0, 0, 0], np.inf), tol=1e-15).x
+    found = scipy.optimize.lsq_linear(system, np.log(latencies_ms), bounds=([-np.inf, 0, 0, 0], np.inf), tol=1e-15).x
     return PowerLaw(float(np.exp(found[0])), found[1:])
 
 
@@ -164,7 +164,7 @@ def optimum(accuracy: Accuracy, latency: PowerLaw, budget_ms: float) -> np.ndarr
         over = float(latency.powers @ z) - allowed
         if over > 0:  # along the line to the corner, until it fits
             z = z + (low - z) * min(1.0, over / max(float(latency.powers @ (z - low)), 1e-300))
-        found = minimize(
+        found = scipy.optimize.minimize(
             lambda z: -float(accuracy(np.exp(z))),
             z,
             jac=lambda z: -accuracy.gradient(np.exp(z)) * np.exp(z),

@@ -19,9 +19,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import scipy
 import torch
-from scipy.cluster.hierarchy import fcluster, linkage
-from scipy.spatial.distance import squareform
 
 from edgeprune.graph.channels import ChannelGroup
 from edgeprune.prune.consumers import RIDGE, Consumer, without_units
@@ -84,7 +83,9 @@ def representatives(ranks: np.ndarray) -> list[int]:
         return [0]
     distance = np.clip(1 - np.corrcoef(ranks), 0, 2)  # of ranks, Pearson's correlation is Spearman's
     np.fill_diagonal(distance, 0)
-    clusters = fcluster(linkage(squareform(distance, checks=False), "average"), ALIKE, "distance")
+    pairs = scipy.spatial.distance.squareform(distance, checks=False)
+    tree = scipy.cluster.hierarchy.linkage(pairs, "average")
+    clusters = scipy.cluster.hierarchy.fcluster(tree, ALIKE, "distance")
     found = []
     for cluster in np.unique(clusters):
         members = np.flatnonzero(clusters == cluster)
