@@ -1,4 +1,5 @@
-"""Size arguments that were baked into a graph, refitted to the channels that survive a cut.
+"""Size arguments that were baked into a graph, refitted to the channels that survive a cut, or are there several times
+after widening.
 
 A view, split, slice or pad carries numbers that count channels. Each is counted again among the survivors. Operators
 that need no refit (permute, flatten, cat, ...) are in no row of the table.
@@ -20,23 +21,33 @@ aten = torch.ops.aten
 
 
 class Survivors:
-    """Which positions of every node's output stay."""
+    """How often every position of every node's output is there: not at all, once, or several times."""
 
-    def __init__(self, channels: Channels, removed: np.ndarray):
-        """removed: (units + 1,) bool by global unit, the last entry False (``Channels.removed``)."""
+    def __init__(self, channels: Channels, copies: np.ndarray):
+        """copies: (units + 1,) int64 by global unit, the last entry (what is in no group) 1."""
         self._channels = channels
-        self._removed = removed
+        self._copies = copies
 
     def of(self, node: fx.Node) -> tuple[int, np.ndarray] | None:
-        """(axis, bool per position along it), or None where nothing goes."""
+        """(axis, copies per position along it), or None where all are there once."""
         found = self._channels.vector(node.name)
         if found is None:
             return None
-        stays = ~self._removed[found[1]]
-        return None if stays.all() else (found[0], stays)
+        copies = self._copies[found[1]]
+        return None if (copies == 1).all() else (found[0], copies)
+
+    def index(self, node: fx.Node) -> np.ndarray | None:
+        """The old position of each new one along the axis of ``of``. What was one channel may be a run of positions by
+        now: the copies of a run follow it as a whole."""
+        found = self.of(node)
+        if found is None or (found[1] <= 1).all():
+            return None if found is None else np.flatnonzero(found[1])
+        _, ids = self._channels.vector(node.name) or found
+        runs = np.split(np.arange(len(ids)), np.flatnonzero(np.diff(ids)) + 1)
+        return np.concatenate([np.tile(run, found[1][run[0]]) for run in runs])
 
     def size(self, node: fx.Node) -> tuple[int, ...]:
-        """Shape of the node's output at batch 1 after the cut."""
+        """Shape of the node's output at batch 1 afterwards."""
         shape = list(self._channels.labels[node.name].shape)
         found = self.of(node)
         if found is not None:

@@ -26,15 +26,24 @@ def cut(network: Network, channels: Channels, keep: Mapping[str, Sequence[int]])
     UnsupportedModelError if the cut network's shapes are not those the labels promise.
     """
     removed = channels.removed(keep)
+    return resized(network, channels, np.where(removed, 0, 1))
+
+
+def resized(network: Network, channels: Channels, copies: np.ndarray) -> Network:
+    """A network that has each unit as often as ``copies`` says, (units + 1,) int64 by global unit, the last entry 1.
+
+    Raises UnsupportedModelError if its shapes are not those the labels promise.
+    """
     new = network.copy()
-    if removed.any():
-        survivors = Survivors(channels, removed)
-        _cut_tensors(new.module, survivors)
+    survivors = Survivors(channels, copies)
+    changed = bool((copies != 1).any())
+    if changed:
+        _resize_tensors(new.module, survivors)
         for node in new.module.graph.nodes:
             if node.op == "call_function":
                 refit(node, survivors)
     result = rebuilt(new)
-    if removed.any():
+    if changed:
         _verify(result, survivors)
     return result
 
@@ -77,20 +86,20 @@ def _verify(network: Network, survivors: Survivors) -> None:
                 )
 
 
-def _cut_tensors(module: fx.GraphModule, survivors: Survivors) -> None:
-    """Cut every module and bare tensor. A tensor shared by several is cut once and stays shared."""
+def _resize_tensors(module: fx.GraphModule, survivors: Survivors) -> None:
+    """Resize every module and bare tensor. A tensor shared by several is resized once and stays shared."""
     done: dict[int, Any] = {}
     alive: list[torch.Tensor] = []  # ids are only unique among living objects
     seen: set[str] = set()
 
-    def shrunk(tensor: torch.Tensor, selections: Mapping[int, np.ndarray | None]) -> torch.Tensor:
+    def chosen(tensor: torch.Tensor, indices: Mapping[int, np.ndarray | None]) -> torch.Tensor:
         if id(tensor) in done:
             return done[id(tensor)]
         with torch.no_grad():
             new = tensor.detach()
-            for dim, stays in selections.items():
-                if stays is not None and not stays.all():
-                    new = new.index_select(dim, torch.from_numpy(np.flatnonzero(stays)).to(new.device))
+            for dim, index in indices.items():
+                if index is not None and not np.array_equal(index, np.arange(new.shape[dim])):
+                    new = new.index_select(dim, torch.from_numpy(index).to(new.device))
         if new.shape == tensor.shape:
             new = tensor
         elif isinstance(tensor, nn.Parameter):
@@ -105,33 +114,33 @@ def _cut_tensors(module: fx.GraphModule, survivors: Survivors) -> None:
         if node.op not in ("call_module", "get_attr") or target in seen:
             continue
         seen.add(target)
-        out = survivors.of(node)
+        out = survivors.index(node)
         if node.op == "get_attr":
             if out is not None:
                 owner, _, leaf = target.rpartition(".")
                 tensor = operator.attrgetter(target)(module)
-                setattr(module.get_submodule(owner), leaf, shrunk(tensor, {out[0]: out[1]}))
+                axis, _ = survivors.of(node) or (0, None)
+                setattr(module.get_submodule(owner), leaf, chosen(tensor, {axis: out}))
             continue
-        into = survivors.of(node.args[0])
-        if out is None and into is None:
-            continue
-        _cut_module(module.get_submodule(target), into[1] if into else None, out[1] if out else None, shrunk)
+        into = survivors.index(node.args[0])
+        if out is not None or into is not None:
+            _resize_module(module.get_submodule(target), into, out, chosen)
 
 
-def _cut_module(leaf: Any, into: np.ndarray | None, out: np.ndarray | None, shrunk: Any) -> None:
-    """into, out: bool per input and output channel, None where all stay."""
+def _resize_module(leaf: Any, into: np.ndarray | None, out: np.ndarray | None, chosen: Any) -> None:
+    """into, out: the old position of each new input and output channel, None where nothing changes."""
 
-    def count(stays: np.ndarray | None, full: int) -> int:
-        return full if stays is None else int(stays.sum())
+    def count(index: np.ndarray | None, full: int) -> int:
+        return full if index is None else len(index)
 
     if isinstance(leaf, nn.Linear):
-        selections: dict[int, np.ndarray | None] = {0: out, 1: into}
+        indices: dict[int, np.ndarray | None] = {0: out, 1: into}
         leaf.in_features, leaf.out_features = count(into, leaf.in_features), count(out, leaf.out_features)
     elif isinstance(leaf, BATCH_NORMS):
-        selections = {0: out}
+        indices = {0: out}
         leaf.num_features = count(out, leaf.num_features)
-        leaf.running_mean = shrunk(leaf.running_mean, selections)
-        leaf.running_var = shrunk(leaf.running_var, selections)
+        leaf.running_mean = chosen(leaf.running_mean, indices)
+        leaf.running_var = chosen(leaf.running_var, indices)
     elif isinstance(leaf, (*CONVS, *CONV_TRANSPOSES)):
         transposed = isinstance(leaf, CONV_TRANSPOSES)
         outer, inner = (into, out) if transposed else (out, into)
@@ -139,11 +148,26 @@ def _cut_module(leaf: Any, into: np.ndarray | None, out: np.ndarray | None, shru
             inner = None
             leaf.groups = count(into, leaf.groups)
         elif inner is not None:
-            inner = inner[: len(inner) // leaf.groups]
-        selections = {0: outer, 1: inner}
+            inner = inner[: len(inner) // leaf.groups]  # all groups of a convolution lose and gain alike
+        indices = {0: outer, 1: inner}
         leaf.in_channels, leaf.out_channels = count(into, leaf.in_channels), count(out, leaf.out_channels)
     else:
         return  # dropout
-    leaf.weight = shrunk(leaf.weight, selections)
+    leaf.weight = chosen(leaf.weight, indices)
     if leaf.bias is not None:
-        leaf.bias = shrunk(leaf.bias, {0: out})
+        leaf.bias = chosen(leaf.bias, {0: out})
+
+
+@torch.no_grad()
+def zero_inputs(leaf: Any, positions: Sequence[int]) -> None:
+    """Zero, in place, the weights with which a convolution or linear layer reads these input channels."""
+    if not len(positions):
+        return
+    if isinstance(leaf, CONV_TRANSPOSES):
+        leaf.weight[list(positions)] = 0
+        return
+    share = leaf.weight.shape[1]  # inputs of one group of a convolution
+    outputs = leaf.weight.shape[0] // getattr(leaf, "groups", 1)
+    for position in positions:
+        block = position // share
+        leaf.weight[block * outputs : (block + 1) * outputs, position % share] = 0

@@ -32,6 +32,7 @@ from torch import Tensor, fx, nn
 from edgeprune.graph.channels import ChannelGroup, Channels
 from edgeprune.graph.network import BATCH_NORMS, Network
 from edgeprune.graph.ops import name_of
+from edgeprune.graph.surgery import zero_inputs
 
 _ACTIVATIONS = """
     relu relu6 hardtanh leaky_relu elu selu celu gelu silu mish hardsigmoid hardswish sigmoid tanh softplus
@@ -222,7 +223,6 @@ def _input_channels(leaf: Any) -> int:
     return int(leaf.in_features if isinstance(leaf, nn.Linear) else leaf.in_channels)
 
 
-@torch.no_grad()
 def silence(network: Network, channels: Channels, alive: Mapping[str, np.ndarray]) -> None:
     """Zero, in place, the weights with which layers read units that are not alive: what their masks did, the weights
     now do. alive: group name -> (units,) bool."""
@@ -230,13 +230,5 @@ def silence(network: Network, channels: Channels, alive: Mapping[str, np.ndarray
         for slot in group.slots:
             if slot.role != "in" or group.name not in alive:
                 continue
-            leaf: Any = network.module.get_submodule(slot.target)
-            gone = torch.from_numpy(slot.index[~alive[group.name]].ravel())
-            if getattr(leaf, "transposed", False):
-                leaf.weight[gone] = 0
-                continue
-            share = leaf.weight.shape[1]  # inputs of one convolution group
-            outputs = leaf.weight.shape[0] // (_input_channels(leaf) // share)
-            for position in gone.tolist():
-                block = position // share
-                leaf.weight[block * outputs : (block + 1) * outputs, position % share] = 0
+            gone = slot.index[~alive[group.name]].ravel()
+            zero_inputs(network.module.get_submodule(slot.target), gone.tolist())
