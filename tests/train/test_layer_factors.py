@@ -151,13 +151,14 @@ def test_a_budget_beyond_all_layers_leaves_half_of_them(monkeypatch):
     assert hook.enough
 
 
-def test_a_killed_run_goes_on(monkeypatch, tmp_path):
+@pytest.mark.parametrize("stop_at", [50, 110])
+def test_a_killed_run_goes_on(monkeypatch, tmp_path, stop_at):
     net = lifted(Plain)
     _, whole, first = learn(net, monkeypatch)
     with pytest.raises(KilledError):
-        learn(net, monkeypatch, path=tmp_path / "run.pt", stop_at=50)
+        learn(net, monkeypatch, path=tmp_path / "run.pt", stop_at=stop_at)
     _, resumed, second = learn(net, monkeypatch, path=tmp_path / "run.pt")
-    assert resumed.history.resumed_from == 40
+    assert resumed.history.resumed_from == stop_at // 20 * 20
     assert fingerprint(resumed.network.module) == fingerprint(whole.network.module)
     assert (first.removed(), first.enough) == (second.removed(), second.enough) == (("idle",), True)
 
