@@ -69,12 +69,15 @@ class _Path:
         return self._without_waste(self.moves[:steps], limit_ms)
 
     def _without_waste(self, moves: list[Move], limit_ms: float) -> Plan:
-        for i in reversed(range(len(moves))):
-            last = moves[i].width is None or not any(m.name == moves[i].name and m.width for m in moves[i + 1 :])
-            fewer = [*moves[:i], *moves[i + 1 :]]
-            if last and self._after(fewer).latency_ms <= limit_ms:
-                return self._without_waste(fewer, limit_ms)
-        return self._after(moves).plan()
+        kept, before = moves, -1
+        while len(kept) != before:
+            before = len(kept)
+            for move in reversed(kept):
+                fewer = [m for m in kept if m != move]
+                narrower = any(m.name == move.name and m.width < move.width for m in fewer if m.width and move.width)
+                if not narrower and self._after(fewer).latency_ms <= limit_ms:
+                    kept = fewer
+        return self._after(kept).plan()
 
     def _after(self, moves: list[Move]) -> Descent:
         state = Descent(self.problem)
