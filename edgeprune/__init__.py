@@ -6,11 +6,26 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["compress", "export", "inspect", "list_methods", "load", "measure", "nn", "profile", "save", "targets"]
+__all__ = [
+    "compress", "export", "inspect", "list_methods", "load", "measure", "nn", "profile", "rebuild", "redesign", "save",
+    "targets",
+]  # fmt: skip
 
 if TYPE_CHECKING:
     from edgeprune import nn
-    from edgeprune.api import compress, export, inspect, list_methods, load, measure, profile, save, targets
+    from edgeprune.api import (
+        compress,
+        export,
+        inspect,
+        list_methods,
+        load,
+        measure,
+        profile,
+        rebuild,
+        redesign,
+        save,
+        targets,
+    )  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -25,16 +25,22 @@ from edgeprune.pipeline import workdir
 from edgeprune.pipeline.budget import parse_budget
 from edgeprune.pipeline.inspection import Inspection
 from edgeprune.pipeline.pricing import Pricing
+from edgeprune.pipeline.redesign import Redesign, fresh, plan_for, train_wide, widened
 from edgeprune.pipeline.resolution import parse_resolution
 from edgeprune.pipeline.results import Comparison, Compression, Export, Profile
 from edgeprune.pipeline.spans import dissect
+from edgeprune.plan.problem import Recipe
 from edgeprune.progress import Callback, silent
 from edgeprune.train.config import TrainConfig
 from edgeprune.train.data import open_data
 from edgeprune.train.dataset import DataSet
+from edgeprune.train.evaluate import evaluate
 from edgeprune.train.modules import place
 
-__all__ = ["compress", "export", "inspect", "list_methods", "load", "measure", "profile", "save", "targets"]
+__all__ = [
+    "compress", "export", "inspect", "list_methods", "load", "measure", "profile", "rebuild", "redesign", "save",
+    "targets",
+]  # fmt: skip
 
 Model = nn.Module | Network | str | Path
 Shape = Sequence[int]
@@ -202,6 +208,83 @@ def inspect(
         original_ms = pricing.start(to_onnx(anatomy.folded).SerializeToString())
         pricing.measure_as_it_is(anatomy)
         return Inspection.of(anatomy, original_ms, pricing.kernel_ms)
+
+
+def redesign(
+    model: Model,
+    *,
+    data: Any,
+    factor: float = 1.25,
+    method: str = "aofp",
+    test: Any = None,
+    input_shape: Shape | None = None,
+    target: str = "cpu",
+    threads: int | None = None,
+    normalize: str | None = None,
+    minutes: float | None = None,
+    epochs: float | None = None,
+    seed: int = 0,
+    out: str | Path | None = None,
+    progress: Callback = silent,
+) -> Redesign:
+    """Widen the inner layers of ``model``, train, and compress back to the latency it had: other widths, same time.
+
+    factor:          how much wider
+    minutes, epochs: half is for the wide network, half for ``compress`` (default: 20 minutes)
+    The rest as for ``compress``. ``out`` also gets ``redesign.json``, the widths as a plan for ``rebuild``.
+    """
+    network = _network(model, input_shape)
+    config = _recovery(None if minutes is None else minutes / 2, None if epochs is None else epochs / 2, seed)
+    if config is None:
+        raise UsageError("redesign trains: give --minutes or --epochs above 0")
+    wide = widened(network, factor, seed)
+    mean, std = _normalisation(normalize)
+    opened = open_data(data, network.input_shapes[0], mean=mean, std=std)
+    tested = None if test is None else _labelled(open_data(test, network.input_shapes[0], mean=mean, std=std))
+    if out is not None:
+        _make(Path(out) / "work")
+    before = None if tested is None else evaluate(network.module, tested)
+    train_wide(network, wide, opened, config, None if out is None else Path(out) / "work" / "wide.pt", progress)
+    with Pricing(find_target(target, threads), progress) as pricing:
+        models = {name: to_onnx(fold(n)).SerializeToString() for name, n in (("original", network), ("wide", wide))}
+        share = pricing.compare(models).ratio("original", "wide").value
+    if share >= 1:
+        raise UsageError(f"{factor:g} times as wide takes no longer on {target}: nothing to take back; ask for more")
+    result = compress(
+        wide, latency=f"{100 * share:.2f}%", data=opened, test=tested, target=target, threads=threads, method=method,
+        minutes=config.minutes, epochs=config.epochs, seed=seed, out=out, progress=progress,
+    )  # fmt: skip
+    plan = plan_for(network, wide, result.recipe)
+    found = Redesign(result, plan, factor, share, before, None if tested is None else evaluate(wide.module, tested))
+    if out is not None:
+        write_files(Path(out), {"redesign.json": found.recipe().to_json()})
+    return found
+
+
+def rebuild(
+    model: Model,
+    plan: str | Path,
+    out: str | Path | None = None,
+    *,
+    input_shape: Shape | None = None,
+    seed: int = 0,
+) -> Network:
+    """A fresh network, with random weights, of ``model``'s form and the widths of a ``redesign.json``.
+
+    Raises UsageError when the plan cannot be read or is for another network.
+    """
+    try:
+        steps = Recipe.from_json(Path(plan).read_text()).steps
+    except OSError as error:
+        raise UsageError(
+            f"{plan}: {error.strerror or error}; expected the redesign.json of `edgeprune redesign`"
+        ) from None
+    if len(steps) != 1:
+        raise UsageError(f"{plan}: holds {len(steps)} plans; expected the one of a redesign.json")
+    network = fresh(_network(model, input_shape), steps[0], seed)
+    if out is not None:
+        save(network, out)
+    return network
 
 
 def list_methods() -> list[dict[str, Any]]:

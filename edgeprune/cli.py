@@ -61,6 +61,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
     _add_compress(commands)
     _add_profile(commands)
+    _add_redesign(commands)
+    _add_rebuild(commands)
     _add_measure(commands)
     _add_export(commands)
     _add_inspect(commands)
@@ -133,6 +135,35 @@ def _add_profile(commands: Any) -> None:
     )  # fmt: skip
     _model_options(parser, positional=False)
     _target_options(parser)
+
+
+def _add_redesign(commands: Any) -> None:
+    parser = _command(
+        commands, "redesign", _redesign, "widen a network inside, train, and compress it back to the latency it had",
+        "edgeprune redesign model.pt2 --data photos/ --minutes 60",
+    )  # fmt: skip
+    _model_options(parser)
+    parser.add_argument("--factor", type=float, default=1.25, help="how much wider (default: 1.25)")
+    _target_options(parser)
+    parser.add_argument("--data", required=True, metavar="SPEC", help="training images, as for compress")
+    parser.add_argument("--test", metavar="SPEC", help="labelled images that are used for nothing but the final figure")
+    parser.add_argument("--normalize", metavar="M,M,M/S,S,S", help="imagenet, none (default), or means/deviations")
+    parser.add_argument("--method", default="aofp", help="what takes it back, as for compress (default: aofp)")
+    parser.add_argument("--minutes", type=float, help="time for all training (default: 20)")
+    parser.add_argument("--epochs", type=float, help="passes of all training, instead of --minutes")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", metavar="DIR", help="where the results go (default: MODEL-redesign beside the model)")
+
+
+def _add_rebuild(commands: Any) -> None:
+    parser = _command(
+        commands, "rebuild", _rebuild, "make a fresh network of the widths that a redesign found",
+        "edgeprune rebuild model.pt2 out/redesign.json --out fresh.pt2",
+    )  # fmt: skip
+    _model_options(parser)
+    parser.add_argument("plan", metavar="redesign.json")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", required=True, metavar="FILE.pt2")
 
 
 def _add_measure(commands: Any) -> None:
@@ -220,6 +251,38 @@ def _compressed(options: argparse.Namespace, shown: Callable[[float, float, str]
         out=options.out or _folder(options.model, options.latency),
         progress=shown,
     )
+
+
+def _redesign(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from edgeprune import api
+    from edgeprune.progress import Progress
+
+    shown = Progress()
+    result = api.redesign(
+        _load(options),
+        factor=options.factor,
+        target=options.target,
+        threads=options.threads,
+        data=options.data,
+        test=options.test,
+        normalize=options.normalize,
+        method=options.method,
+        minutes=options.minutes,
+        epochs=options.epochs,
+        seed=options.seed,
+        out=options.out or _folder(options.model, "redesign"),
+        progress=shown,
+    )
+    shown.clear()
+    return result.to_dict(), result.text()
+
+
+def _rebuild(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    from edgeprune import api
+
+    network = api.rebuild(_load(options), options.plan, options.out, seed=options.seed)
+    count = sum(p.numel() for p in network.module.parameters())
+    return {"path": options.out, "params": count}, f"{options.out}: {count} parameters, random weights"
 
 
 def _folder(model: str, latency: str) -> str:
