@@ -69,7 +69,8 @@ class Report:
     scaling:       how depth, width and resolution were weighed: the samples, latency's powers, the point chosen; None
                    where the resolution was not decided
     seconds:       duration by stage
-    warnings:      what the user should know
+    warnings:      what makes the result worse than it could be
+    notes:         what training has to say of itself
     """
 
     name: str
@@ -96,6 +97,7 @@ class Report:
     scaling: Mapping[str, Any] | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
     warnings: Sequence[str] = ()
+    notes: Sequence[str] = ()
 
     @property
     def met(self) -> bool:
@@ -161,6 +163,7 @@ def render(report: Report) -> str:
         )
     if report.scaling is not None:
         lines.append(_weighed(report.scaling))
+    lines += [f"note: {text}" for text in report.notes]
     lines += [f"warning: {text}" for text in report.warnings]
     return "\n".join(lines)
 

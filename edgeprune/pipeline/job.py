@@ -99,6 +99,7 @@ class Outcome:
     history: History | None
     seconds: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     scaling: dict[str, Any] | None = None
 
 
@@ -106,6 +107,7 @@ def run(job: Job, pricing: Pricing, progress: Callback) -> Outcome:
     """Compress ``job.network``. Raises every error of the tree in errors.py but UsageError for options."""
     clock = _Stopwatch()
     warnings: list[str] = []
+    notes: list[str] = []
     original = job.network
     original.module.eval()
     training, held_out = _splits(job)
@@ -153,12 +155,12 @@ def run(job: Job, pricing: Pricing, progress: Callback) -> Outcome:
     config, history = job.recovery, None
     if config is not None and shrunk.learning is not None:
         config = after_search(config, shrunk.learning)
-        warnings += shrunk.learning.notes
+        notes += shrunk.learning.notes
     with clock("recover"):
         if config is not None and training is not None:
             checkpoint = job.folder / f"training-{_training_key(config, shrunk, training)}.pt" if job.folder else None
             history = _recover(original, network, training, config, checkpoint, progress)
-            warnings += history.notes
+            notes += history.notes
     accuracy["final"] = _accuracy(network, held_out) if history else accuracy["shrunk"]
     similarity = _similarity(original, network, held_out or training)
     progress(0.0, 1.0, "writing and checking the file")
@@ -171,7 +173,7 @@ def run(job: Job, pricing: Pricing, progress: Callback) -> Outcome:
         comparison = _final_timing(pricing, {"original": original_onnx, "compressed": onnx}, job.budget)
     return Outcome(
         shrunk, network, onnx, original_onnx, certificate, verification, comparison, budget_ms, accuracy, similarity,
-        history, clock.seconds, warnings, scaling,
+        history, clock.seconds, warnings, notes, scaling,
     )  # fmt: skip
 
 

@@ -65,6 +65,7 @@ class Compression:
             scaling=outcome.scaling,
             seconds={k: round(v, 2) for k, v in outcome.seconds.items()},
             warnings=outcome.warnings,
+            notes=outcome.notes,
         )
         folder = job.folder.parent if job.folder else None
         return Compression(outcome.network, outcome.onnx, outcome.original_onnx, shrunk.recipe, report, folder)

@@ -11,7 +11,8 @@ REPORT = Report(
     name="resnet56", origin="resnet56.pt", input_shapes=[[1, 3, 32, 32]], asked="65%", budget_ms=6.5, predicted_ms=6.43,
     before=BEFORE, after=AFTER, ratio=[0.64, 0.637, 0.643], certificate=3e-7, verification={"error": 2e-7},
     target={"name": "cpu"}, widths={"layer1.0.conv1": [8, 16]}, removed=["layer1.3"], agreement=0.961,
-    seconds={"shrink": 31.0}, warnings=["3 denormal weights were set to zero"], untrained_accuracy=0.9,
+    seconds={"shrink": 31.0}, warnings=["3 denormal weights were set to zero"], notes=["not augmented by flip"],
+    untrained_accuracy=0.9,
 )  # fmt: skip
 
 
@@ -42,6 +43,7 @@ def test_table_has_asked_predicted_before_and_after():
     assert "accuracy before training: 90.00 %" in text
     assert "cut == masked original to 3.0e-07, file == torch to 2.0e-07" in text
     assert "groups narrowed: 1, blocks removed: 1" in text
+    assert "note: not augmented by flip" in text
     assert "warning: 3 denormal" in text
 
 

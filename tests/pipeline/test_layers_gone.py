@@ -146,7 +146,7 @@ def test_from_the_command_line(tmp_path, monkeypatch, capsys):
     report = json.loads((out / "report.json").read_text())
     assert report["removed"]
     assert report["certificate"] <= 1e-4
-    assert any("resconv" in line for line in report["warnings"])
+    assert any("resconv" in line for line in report["notes"])
     graphs = [onnx.load(out / name).graph.node for name in ("original.onnx", "model.onnx")]
     convs, others = zip(*(
         (sum(n.op_type == "Conv" for n in nodes), {n.op_type for n in nodes} - {"Conv"}) for nodes in graphs
