@@ -5,6 +5,8 @@ import pytest
 import torch
 from torch import nn
 
+import edgeprune
+from edgeprune.errors import BudgetMissedError, UsageError
 from edgeprune.graph.channels import analyse
 from edgeprune.graph.lift import lift
 from edgeprune.graph.surgery import cut
@@ -149,3 +151,59 @@ def test_recovery_gets_what_the_search_leaves():
     assert after_search(TrainConfig(steps=100), spent).steps == 70
     assert after_search(TrainConfig(), spent).epochs == 3.5
     assert after_search(TrainConfig(epochs=1), spent).epochs == 0.1  # some is always left
+
+
+class Wide(nn.Module):
+    """Far wider than its data need."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.norm = nn.Conv2d(3, 48, 3, padding=1, bias=False), nn.BatchNorm2d(48)
+        self.two, self.head = nn.Conv2d(48, 48, 3, padding=1), nn.Linear(48, 3)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.two(torch.relu(self.norm(self.one(x))))).mean((2, 3)))
+
+
+@pytest.fixture(scope="module")
+def job():
+    torch.manual_seed(0)
+    rng = np.random.default_rng(0)
+    y = rng.integers(0, 3, 128)
+    x = rng.normal(size=(128, 3, 16, 16)).astype(np.float32)
+    x[np.arange(128), y] += 1
+    return {"model": lift(Wide().eval(), [(1, 3, 16, 16)]), "data": (x, y), "latency": "60%"}
+
+
+def test_compress_with_a_learner(job, monkeypatch, tmp_path):
+    monkeypatch.setenv("EDGEPRUNE_HOME", str(tmp_path / "home"))
+    arguments = {**job, "method": "aofp", "epochs": 24, "out": tmp_path / "out"}
+    try:
+        first = edgeprune.compress(**arguments)
+    except BudgetMissedError:
+        pytest.skip("this machine was too busy to measure")
+    (note,) = [w for w in first.report.warnings if w.startswith("aofp: ")]
+    assert "moves, predicted" in note
+    assert first.report.ratio[0] <= 0.62
+    assert first.report.method == "aofp"
+    assert first.report.certificate < 1e-4
+    assert first.recipe.steps[0].keep
+    assert [p.name for p in (tmp_path / "out" / "work").glob("search-*.pt")]
+    again = edgeprune.compress(**arguments)  # nothing is searched or trained again
+    assert again.recipe == first.recipe
+    for a, b in zip(again.network.module.parameters(), first.network.module.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert again.report.seconds["shrink"] < 0.5 * first.report.seconds["shrink"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data": None}, "give --data"),
+        ({"minutes": 0}, "--minutes above 0"),
+        ({"planner": "hbgs"}, "use --planner exact"),
+    ],
+)
+def test_what_a_learner_needs_is_said_at_once(job, change, message):
+    with pytest.raises(UsageError, match=message):
+        edgeprune.compress(**{**job, "method": "aofp", **change})
