@@ -68,7 +68,7 @@ def test_auto_keeps_what_the_classes_survive():
     x[32:, :, :, 10:14] += 3
     augment, note = chosen("auto", shape, 0, x, brighter_half)
     assert (augment.pad, augment.flip) == (2, False)
-    assert "flip (the original keeps 0%" in note
+    assert "flip (it changes 100%" in note
     augment, note = chosen("auto", shape, 0, x, lambda x: torch.stack([x.mean((1, 2, 3)), -x.mean((1, 2, 3))], 1))
     assert (augment.pad, augment.flip, note) == (2, True, "")
 
