@@ -8,6 +8,7 @@ judged as any other: by what its cuts do to *its* outputs, in rounds, repaired a
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -105,12 +106,16 @@ def _left_behind(network: Network, data: DataSet) -> list[str]:
 
 def pricing_of(anatomy: Anatomy, candidates: Sequence[Widths], prices: Prices, correction: float) -> Price:
     """(group name -> width, groups not named are whole; names of removed blocks) -> ms: the table's, times
-    ``correction``."""
+    ``correction``. A width that is no candidate has the price of the next larger one: a search that was killed may know
+    others."""
     free = {g.name: Ranking.free(g.size) for g in anatomy.channels.groups}
     problem = problem_of(anatomy, candidates, prices, Judgement(free, {b.name: 0.0 for b in anatomy.blocks}))
 
+    known = {group.name: group.widths for group in problem.groups}
+
     def latency_ms(widths: Mapping[str, int], removed: Collection[str]) -> float:
-        return evaluate(problem, widths, removed)[0] * correction
+        priced = {name: known[name][bisect_left(known[name], width)] for name, width in widths.items()}
+        return evaluate(problem, priced, removed)[0] * correction
 
     return latency_ms
 

@@ -8,11 +8,12 @@ Source: Ding, Ding, Guo, Han, Yan, "Approximated Oracle Filter Pruning for Destr
 
 Deviations
     A group's steps lead to widths that the measured stairs make worthwhile, and a move must make the network faster.
-    Of the moves that are cheap enough at the same time, those with the least damage per millisecond are taken first.
-    The search ends when the predicted latency is within the budget; the source ends at a share of multiply-adds.
-    The threshold starts at the source's 0.01. It is raised when every group has looked for a move and what they found
-    is less than the run's pace asks for: to where the refused moves that would pass bring what is missing, and at
-    least by a factor. The source keeps it.
+    No move reaches further than to the budget, and the search ends where the predicted latency is within it; the
+    source ends at a share of multiply-adds.
+    Moves are taken when every group has looked for one (a cycle), those with the least damage per millisecond first,
+    until the cycle has brought its share of the way. Moves that were cheap enough but dearer are looked for anew.
+    The threshold starts at the source's 0.01. After a cycle that brought less than its share it is raised: to where
+    the refused moves that would pass bring what is missing, and at least by a factor. The source keeps it.
     The number of batches between two decisions follows from the length of the run and not from a setting of its own
     (1 000 in the source), and every batch is many draws.
     Residual groups are searched too, not only the layers inside of blocks.
@@ -127,8 +128,9 @@ class Aofp(Hook):
         for search in self.searches.values():
             if self._goes_on(search) and search.batches >= self.period and search.draws >= FEWEST:
                 search.decide(self.theta)
-        self._accept()
-        self._raise(step)
+        looking = [s for s in self.searches.values() if self._movable(s)]
+        if not self.done() and all(s.looked for s in looking):
+            self._end_cycle(step)
         self.ablation.watching = step + 1 >= self.first and not self.done()
 
     def done(self) -> bool:
@@ -141,7 +143,7 @@ class Aofp(Hook):
             "period": self.period,
             "first": self.first,
             "steps": self.steps,
-            "began": list(self.began),
+            "began": [self.began[0], self.began[1] / self.latency_ms({}, ())],
             "watching": self.ablation.watching,
             # another process prices the same network a little differently: what was asked is the share, and the widths
             "share": self.budget_ms / self.latency_ms({}, ()),
@@ -151,8 +153,9 @@ class Aofp(Hook):
 
     def load(self, state: dict[str, Any]) -> None:
         self.theta, self.period, self.first = state["theta"], state["period"], state["first"]
-        self.steps, self.began = state["steps"], (state["began"][0], state["began"][1])
-        self.budget_ms = state["share"] * self.latency_ms({}, ())
+        full_ms = self.latency_ms({}, ())
+        self.steps, self.began = state["steps"], (state["began"][0], state["began"][1] * full_ms)
+        self.budget_ms = state["share"] * full_ms
         for name, search in self.searches.items():
             search.widths = tuple(state["widths"][name])
             search.load(state["searches"][name])
@@ -181,43 +184,48 @@ class Aofp(Hook):
                     break
                 search.floor = width
 
-    def _accept(self) -> None:
-        """Take the waiting moves that are worth most, as many a step as groups decide in one on average."""
-        for _ in range(math.ceil(len(self.searches) / self.period)):
-            best: tuple[float, float, Search] | None = None
-            for name, search in self.searches.items():
-                move = search.affordable()
-                if move is None or self.now_ms <= self.budget_ms:
-                    continue
-                width = search.width - len(move.units)
-                gain = self.now_ms - self.latency_ms({**self.widths(), name: width}, ())
-                if gain <= 0:
-                    search.decline()
-                elif best is None or (move.damage / gain, -gain) < best[:2]:
-                    best = (move.damage / gain, -gain, search)
-            if best is None:
-                return
-            best[2].accept()
-            self._settle()
-
-    def _raise(self, step: int) -> None:
-        """At the end of a cycle, when every group has looked: raise the threshold if the search is behind."""
-        looking = {n: s for n, s in self.searches.items() if self._movable(s)}
-        if self.done() or not all(s.looked for s in looking.values()):
-            return
+    def _end_cycle(self, step: int) -> None:
         began, before_ms = self.began
         cycles = max((self.settings.end * self.steps - began) / (step + 1 - began), 1.0)
-        missing = (before_ms - self.budget_ms) / cycles - (before_ms - self.now_ms)
-        if missing > 0:
-            refused = []
-            for name, search in looking.items():
-                for damage, width in sorted((d, w) for w, d in search.refused.items())[:1]:
-                    refused.append((damage, self.now_ms - self.latency_ms({**self.widths(), name: width}, ())))
-            self.theta = max(self.settings.growth * self.theta, TINY)
-            for damage, gain in sorted(refused):
-                if missing > 0 and math.isfinite(damage):
-                    self.theta, missing = max(self.theta, damage), missing - max(gain, 0.0)
+        share_ms = (before_ms - self.budget_ms) / cycles
+        while before_ms - self.now_ms < share_ms and (best := self._cheapest()) is not None:
+            best.accept()
+            self._settle()
+        for search in self.searches.values():
+            if search.waiting is not None:
+                search.restart()
+        if before_ms - self.now_ms < share_ms:
+            self._raise(share_ms - (before_ms - self.now_ms))
         self._new_cycle(step + 1)
+
+    def _cheapest(self) -> Search | None:
+        """The search whose waiting move does the least damage per millisecond."""
+        best: tuple[float, float, Search] | None = None
+        for name, search in self.searches.items():
+            move = search.affordable()
+            if move is None:
+                continue
+            gain = self._gain(name, search.width - len(move.units))
+            if gain <= 0:
+                search.decline()
+            elif best is None or (move.damage / gain, -gain) < best[:2]:
+                best = (move.damage / gain, -gain, search)
+        return None if best is None else best[2]
+
+    def _gain(self, name: str, width: int) -> float:
+        """Milliseconds saved when one group goes down to a width."""
+        return self.now_ms - self.latency_ms({**self.widths(), name: width}, ())
+
+    def _raise(self, missing_ms: float) -> None:
+        """Raise the threshold to where the cheapest move of each group that was refused brings what is missing."""
+        refused = []
+        for name, search in self.searches.items():
+            for damage, width in sorted((d, w) for w, d in search.refused.items())[:1]:
+                refused.append((damage, self._gain(name, width)))
+        self.theta = max(self.settings.growth * self.theta, TINY)
+        for damage, gain in sorted(refused):
+            if missing_ms > 0 and math.isfinite(damage):
+                self.theta, missing_ms = max(self.theta, damage), missing_ms - max(gain, 0.0)
 
     def _new_cycle(self, step: int) -> None:
         self.began = (step, self.now_ms)

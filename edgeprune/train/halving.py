@@ -38,7 +38,8 @@ class Move:
 class Search:
     """widths: the widths the group may be left with, in any order; its size need not be among them.
 
-    looked: whether the search has come to an end, in a move or in vain, since this was last set to False from outside
+    looked: whether the search has come to an end, with a move that waits or in vain, since this was last set to False
+        from outside
     floor:  narrower than this is not asked for; to be set from outside
     """
 
@@ -93,7 +94,7 @@ class Search:
         ranked = members[np.argsort(means[members], kind="stable")]
         move = Move(tuple(ranked[:step].tolist()), float(means[ranked[step - 1]]))
         if move.damage <= threshold and np.isfinite(move.damage):
-            self.waiting = move
+            self.waiting, self.looked = move, True
             return move
         self.refused[self.width - step] = move.damage
         self._narrow(ranked)
@@ -108,7 +109,6 @@ class Search:
         self.moves.append(self.waiting)
         self.refused.clear()
         self.restart()
-        self.looked = True
 
     def affordable(self) -> Move | None:
         """The waiting move, or the part of it that leaves a width which is not below the floor."""
@@ -119,6 +119,7 @@ class Search:
 
     def decline(self) -> None:
         """The waiting move is worth nothing: go on as if it had been too damaging."""
+        self.looked = False
         members, means = np.flatnonzero(self.space), self.means()
         self._narrow(members[np.argsort(means[members], kind="stable")])
 

@@ -110,6 +110,12 @@ def test_prices_are_those_of_the_network_cut(network):
     assert lesson.latency_ms({}, ()) == pytest.approx(full)
 
 
+def test_a_width_that_is_no_candidate_has_the_price_of_the_next(network):
+    anatomy, prices = dissect(network), Sizes()
+    price = pricing_of(anatomy, [(2, 5, 8), (8,), (3, 6)], prices, 1.0)
+    assert price({"0": 4, "4": 1}, ()) == price({"0": 5, "4": 3}, ()) < price({}, ())
+
+
 def test_a_machine_that_is_slower_takes_it_further(network):
     """The network is timed slower than its kernels promise, and nothing that was given up comes back for it."""
     shrunk, _ = run(network, 1.1 * end_share(network), slow=1.16)
@@ -182,7 +188,7 @@ def test_compress_with_a_learner(job, monkeypatch, tmp_path):
         first = edgeprune.compress(**arguments)
     except BudgetMissedError:
         pytest.skip("this machine was too busy to measure")
-    (note,) = [w for w in first.report.warnings if w.startswith("aofp: ")]
+    (note,) = [w for w in first.report.notes if w.startswith("aofp: ")]
     assert "moves, predicted" in note
     assert first.report.ratio[0] <= 0.62
     assert first.report.method == "aofp"

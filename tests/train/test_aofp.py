@@ -53,7 +53,7 @@ def work(widths, removed=()):
 class Fixed(Aofp):
     """The threshold stays as it is."""
 
-    def _raise(self, step):
+    def _raise(self, missing_ms):
         pass
 
 
@@ -168,10 +168,10 @@ def test_a_killed_search_ends_with_the_same_bits(tmp_path):
         np.testing.assert_array_equal(again.rankings[name].damage, ranking.damage)
 
 
-def waiting(**moves):
-    """A hook whose groups wait with moves of (units, damage)."""
-    hook = Fixed(network().copy(), EVERY, work, 0.3)
-    hook.period = 100  # one move a step
+def waiting(steps=1, **moves):
+    """A hook at the start of a run of so many steps whose groups wait with moves of (units, damage)."""
+    hook = Fixed(network().copy(), EVERY, work, 0.3, settings=Settings(end=1.0, warmup=0.0))
+    hook.start(steps)
     for name, (units, damage) in moves.items():
         hook.searches[name[1:]].waiting = Move(tuple(range(units)), damage)
     return hook
@@ -181,32 +181,45 @@ def test_of_several_moves_the_cheapest_per_millisecond_is_taken():
     gains = {"g0": 1 - work({"0": 4}), "g3": 1 - work({"3": 6})}
     damages = {"g0": 0.002 * gains["g0"], "g3": 0.001 * gains["g3"]}
     for worse in (1.0, 4.0):
-        hook = waiting(g0=(4, damages["g0"]), g3=(6, worse * damages["g3"]))
-        hook._accept()
+        hook = waiting(1000, g0=(4, damages["g0"]), g3=(6, worse * damages["g3"]))
+        hook._end_cycle(9)  # 100 cycles of 10 steps: one move is more than enough for one of them
         assert hook.widths() == ({"0": 8, "3": 6} if worse == 1.0 else {"0": 4, "3": 12})
-        assert hook.searches["3" if worse == 1.0 else "0"].looked
-        hook._accept()
-        assert hook.widths() == {"0": 4, "3": 6}
+        assert not any(s.waiting or s.count.any() for s in hook.searches.values())  # the other one looks anew
+        assert hook.began == (10, work(hook.widths()))
+
+
+def test_with_little_time_left_all_moves_are_taken():
+    hook = waiting(1000, g0=(4, 0.01), g3=(3, 0.001))
+    hook._end_cycle(990)
+    assert hook.widths() == {"0": 4, "3": 9}
 
 
 def test_a_move_that_is_no_faster_is_not_taken():
     hook = waiting(g0=(4, 0.001))
     hook.latency_ms = lambda widths, removed: 1.0 + (widths["0"] < 8)
     hook._settle()
-    hook._accept()
+    assert hook._cheapest() is None
     assert hook.widths() == SIZES
     assert hook.searches["0"].waiting is None
 
 
 def test_enough_is_enough():
+    """The second move would do too much: only as much of it is taken as leads to the budget, or none of it."""
     hook = waiting(g0=(4, 0.001), g3=(6, 0.01))
-    hook.budget_ms, hook.period = work({"0": 4}), 1
-    hook._accept()
+    hook.budget_ms = work({"0": 4})
+    hook._settle()
+    hook._end_cycle(0)
     assert hook.widths() == {"0": 4, "3": 12}
+    assert hook.done()
+    hook = waiting(g0=(4, 0.001), g3=(6, 0.01))
+    hook.budget_ms = work({"0": 4, "3": 10})
+    hook._settle()
+    hook._end_cycle(0)
+    assert hook.widths() == {"0": 4, "3": 10}
     assert hook.done()
 
 
-def looked_in_vain(damages, **state):
+def looked_in_vain(damages):
     """A hook at the start of a run of 1 000 steps whose groups were refused moves of these damages."""
     hook = Aofp(network().copy(), EVERY, work, 0.3, settings=Settings(theta=0.01, growth=2.0, end=1.0, warmup=0.0))
     hook.start(1000)
@@ -217,33 +230,35 @@ def looked_in_vain(damages, **state):
 
 def test_the_threshold_rises_only_when_all_have_looked():
     hook = looked_in_vain(({4: 0.05}, {6: 0.3, 9: 0.2}))
+    x = torch.randn(4, 3, 8, 8)
     hook.searches["3"].looked = False
-    hook._raise(99)
+    hook.after_step(99, x)
     assert hook.theta == 0.01
     hook.searches["3"].looked = True
-    hook._raise(99)  # 100 steps a cycle, 10 of them for 0.7 ms: the cheapest refused move brings enough
+    hook.after_step(99, x)  # 100 steps a cycle, 10 of them for 0.7 ms: the cheapest refused move brings enough
     assert hook.theta == 0.05
     assert not any(s.looked for s in hook.searches.values())
     assert hook.began == (100, 1.0)
 
 
 def test_the_threshold_stays_while_moves_keep_the_pace():
-    for width, raised in ((7, True), (6, False)):  # 1/12 and 2/12 of the way in one of ten cycles
+    for units, raised in ((1, True), (2, False)):  # 1/12 and 2/12 of the way in one of ten cycles
         hook = looked_in_vain(({4: 0.05}, {6: 0.3, 9: 0.2}))
         hook.latency_ms = lambda widths, removed: 0.3 + 0.7 * (widths["0"] / 12 + 4 / 12 + (widths["3"] - 12) / 100)
-        hook.began = (0, hook.now_ms)
-        hook.searches["0"].alive[width:] = False
         hook._settle()
-        hook._raise(99)
+        hook.began = (0, hook.now_ms)
+        hook.searches["0"].waiting = Move(tuple(range(units)), 0.001)
+        hook._end_cycle(99)
+        assert hook.widths()["0"] == 8 - units
         assert (hook.theta > 0.01) == raised
 
 
 def test_with_little_time_left_it_rises_further():
     hook = looked_in_vain(({4: 0.05}, {6: 0.3, 9: 0.2}))
-    hook._raise(995)
+    hook._end_cycle(995)
     assert hook.theta == 0.2
     hook = looked_in_vain(({4: math.inf}, {}))
-    hook._raise(998)
+    hook._end_cycle(998)
     assert hook.theta == 0.02  # nothing to go by
 
 
