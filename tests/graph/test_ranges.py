@@ -60,7 +60,7 @@ def test_only_pure_clamps_are_clamps():
     assert [c for c in found if c is not None] == [(-1, 1), (0, 6)]
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(st.lists(st.sampled_from(sorted(PIECES)), min_size=1, max_size=4), st.integers(0, 10**6))
 def test_no_value_lies_outside_its_bounds(names, seed):
     net = network(Composed(names, seed), 3, 16, 16, seed=seed)
