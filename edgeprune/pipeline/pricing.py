@@ -93,13 +93,12 @@ class Pricing:
         """Measure all that planning ``anatomy`` needs, calibrate, and write down its candidates, so that neither this
         nor ``prepare`` measures anything for it again."""
         key = _key(anatomy)
-        if key not in self.table.stairs:
-            self._calibrate(anatomy, self.prepare(anatomy))
-            self._candidates.clear()
-            self.prepare(anatomy)  # once more, with the rows that calibration added
-            self.table.append([StairsRow(key, self._candidates[anatomy.network.input_shapes], now())])
-        else:
-            self.prepare(anatomy)
+        if key in self.table.stairs:
+            return
+        self._calibrate(anatomy, self.prepare(anatomy))
+        self._candidates.clear()
+        self.prepare(anatomy)  # once more, with the rows that calibration added
+        self.table.append([StairsRow(key, self._candidates[anatomy.network.input_shapes], now())])
 
     def prepare(self, anatomy: Anatomy) -> Sequence[Widths]:
         """Measure what planning ``anatomy`` lacks; the candidate widths of its groups.
