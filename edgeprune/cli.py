@@ -114,7 +114,7 @@ def _add_compress(commands: Any) -> None:
     )
     parser.add_argument("--test", metavar="SPEC", help="labelled images that are used for nothing but the final figure")
     parser.add_argument("--normalize", metavar="M,M,M/S,S,S", help="imagenet, none (default), or means/deviations")
-    parser.add_argument("--method", help="which channels (default: cap; without --data fp-backward)")
+    parser.add_argument("--method", help="which channels (default: cap; without --data magnitude-in)")
     parser.add_argument("--planner", help="how much of everything (default: exact); see `edgeprune methods`")
     parser.add_argument(
         "--resolution",

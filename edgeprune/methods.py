@@ -17,7 +17,7 @@ from edgeprune.prune.select.blend import blend
 from edgeprune.prune.select.cap import cap
 from edgeprune.prune.select.curve import Selector
 from edgeprune.prune.select.fp import fp_backward, fp_backward_out, fp_omp, fp_omp_out
-from edgeprune.prune.select.magnitude import magnitude
+from edgeprune.prune.select.magnitude import magnitude, magnitude_in
 from edgeprune.prune.select.taylor import taylor
 from edgeprune.prune.select.thinet import thinet, thinet_omp
 from edgeprune.train.aofp import aofp
@@ -56,31 +56,35 @@ SELECTORS: dict[str, Method[Selector]] = {
         "how far the output moves without the channel, to first order", "Molchanov et al. 2017",
     ),
     "thinet": Method(
-        thinet, "unlabelled data", "channels", 1.2,
+        thinet, "unlabelled data", "channels", 0.2,
         "greedily, what adds least to the outputs of the layers reading it", "Luo et al. 2017",
     ),
     "thinet-omp": Method(
-        thinet_omp, "unlabelled data", "channels", 1.2,
+        thinet_omp, "unlabelled data", "channels", 0.2,
         "what explains most of those outputs, by matching pursuit", "Luo et al. 2019",
     ),
     "blend": Method(
-        blend, "unlabelled data", "channels", 3.0,
+        blend, "unlabelled data", "channels", 2.0,
         "a mixture of all these criteria, evolved for each group", "He et al. 2021",
     ),
+    "magnitude-in": Method(
+        magnitude_in, "nothing", "channels", 0.1,
+        "the weights that read a channel", "Li et al. 2017",
+    ),
     "fp-backward": Method(
-        fp_backward, "nothing", "channels", 1.0,
+        fp_backward, "nothing", "channels", 0.1,
         "drop what the other weights reading the group combine to best", "Purohit et al. 2024",
     ),
     "fp-omp": Method(
-        fp_omp, "nothing", "channels", 1.0,
+        fp_omp, "nothing", "channels", 0.1,
         "keep what the other weights reading the group are combined from", "Purohit et al. 2024",
     ),
     "fp-backward-out": Method(
-        fp_backward_out, "nothing", "channels", 1.0,
+        fp_backward_out, "nothing", "channels", 0.1,
         "as fp-backward, on the filters that make the channels", "Purohit et al. 2024",
     ),
     "fp-omp-out": Method(
-        fp_omp_out, "nothing", "channels", 1.0,
+        fp_omp_out, "nothing", "channels", 0.1,
         "as fp-omp, on the filters that make the channels", "Purohit et al. 2024",
     ),
     "magnitude": Method(

@@ -116,7 +116,7 @@ def test_without_data_it_still_works_and_says_what_that_costs(capsys, place):
     assert code in (0, 9), text
     assert "no --data" in text
     report = json.loads((out / "report.json").read_text())
-    assert (report["method"], report["planner"]) == ("fp-backward", "flops")
+    assert (report["method"], report["planner"]) == ("magnitude-in", "flops")
 
 
 def test_an_unreachable_budget_names_the_smallest_latency(capsys, place):

@@ -29,11 +29,11 @@ from edgeprune.prune.judge import Judge
 from edgeprune.prune.select.cap import cap, systems
 from edgeprune.prune.select.curve import Curve, LocalCurve, Selector, from_scores
 from edgeprune.prune.select.fp import fp_backward, fp_backward_out
-from edgeprune.prune.select.magnitude import magnitude
+from edgeprune.prune.select.magnitude import magnitude, magnitude_in
 from edgeprune.prune.select.taylor import taylor
 from edgeprune.prune.select.thinet import thinet
 
-CRITERIA: tuple[Selector, ...] = (cap, taylor, thinet, fp_backward, fp_backward_out, magnitude)
+CRITERIA: tuple[Selector, ...] = (cap, taylor, thinet, fp_backward, fp_backward_out, magnitude_in, magnitude)
 ALIKE = 0.2  # 1 - Spearman of criteria that say the same
 SHARE = 0.75  # the width that is tried: a round rarely cuts deeper
 TRIALS = 16  # different sets of channels tried in each group

@@ -18,14 +18,14 @@ from edgeprune.prune.consumers import RIDGE, Consumer
 from edgeprune.prune.gram import Elimination, System
 from edgeprune.prune.judge import Judge
 from edgeprune.prune.select.curve import Curve, LocalCurve, from_removals
-from edgeprune.prune.select.magnitude import magnitude
+from edgeprune.prune.select.magnitude import magnitude_in
 
 ROUNDS = 64
 
 
 def cap(judge: Judge, groups: Sequence[ChannelGroup]) -> Curve:
-    """Groups whose readers are all too wide for a Gram matrix go by magnitude."""
-    by_weight = magnitude(judge, groups)
+    """Groups whose readers are all too wide for a Gram matrix go by those readers' weights."""
+    by_weight = magnitude_in(judge, groups)
 
     def curve(group: ChannelGroup, consumers: Sequence[Consumer]) -> LocalCurve:
         found = systems(consumers)

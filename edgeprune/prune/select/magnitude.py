@@ -1,8 +1,12 @@
-"""Magnitude: what a unit weighs where it is made, times what it weighs where it is read. Needs no data.
+"""Magnitude: what a unit weighs. Needs no data.
 
 Source: filter norms (Li et al., 2017).
-Deviations: squared norms; batch norm's scale and depthwise layers between count too, and so do the readers' weights, so
-that rescaling a channel and its readers against each other changes nothing.
+
+    magnitude      the filters that make a unit times the weights that read it, so that rescaling one against the other
+                   changes nothing; batch norm's scale and depthwise layers between count too
+    magnitude_in   the weights that read it, each reader with the same energy
+
+Deviations: squared norms of both sides, or of the other side; the paper takes the absolute sum of the filters.
 """
 
 from __future__ import annotations
@@ -28,6 +32,16 @@ def magnitude(judge: Judge, groups: Sequence[ChannelGroup]) -> Curve:
         return from_scores(weights(program, group))
 
     return curve
+
+
+def magnitude_in(judge: Judge, groups: Sequence[ChannelGroup]) -> Curve:
+    return lambda group, consumers: from_scores(reading(consumers))
+
+
+def reading(consumers: Sequence[Consumer]) -> Tensor:
+    """(units,) squared norms of the weights that read each unit, of all readers worth 1 each."""
+    own = [c.packed.double()[c.columns].square().sum((1, 2)) for c in consumers]
+    return torch.stack([norms / norms.sum().clamp_min(1e-30) for norms in own]).sum(0)
 
 
 def weights(program: Program, group: ChannelGroup) -> Tensor:

@@ -17,15 +17,15 @@ from edgeprune.prune.consumers import Consumer
 from edgeprune.prune.judge import Judge
 from edgeprune.prune.program import Program, run
 from edgeprune.prune.select.curve import Curve, LocalCurve, from_scores
-from edgeprune.prune.select.magnitude import magnitude
+from edgeprune.prune.select.magnitude import magnitude_in
 
 DRAWS = 2
 IMAGES = 64
 
 
 def taylor(judge: Judge, groups: Sequence[ChannelGroup]) -> Curve:
-    """Groups that no layer reads directly go by magnitude."""
-    scores, by_weight = changes(judge, groups), magnitude(judge, groups)
+    """Groups that no layer reads directly go by the weights reading them."""
+    scores, by_weight = changes(judge, groups), magnitude_in(judge, groups)
 
     def curve(group: ChannelGroup, consumers: Sequence[Consumer]) -> LocalCurve:
         return from_scores(scores[group.name]) if group.name in scores else by_weight(group, consumers)

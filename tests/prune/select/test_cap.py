@@ -13,7 +13,7 @@ from edgeprune.prune.gram import Elimination
 from edgeprune.prune.judge import Judge
 from edgeprune.prune.patches import output_places, rows_at
 from edgeprune.prune.select.cap import cap, systems
-from edgeprune.prune.select.magnitude import weights
+from edgeprune.prune.select.magnitude import reading, weights
 
 
 def three_layers():
@@ -80,9 +80,9 @@ def test_sees_what_a_twin_can_take_over():
     assert weights(judge.program, group).argmin() != 5
 
 
-def test_readers_without_a_matrix_go_by_magnitude():
+def test_readers_without_a_matrix_go_by_their_weights():
     judge, group, _ = judged(three_layers(), images(64))
     bare = find_consumers(None, judge.program, group)
     found = cap(judge, [group])(group, bare)
-    scores = weights(judge.program, group)
+    scores = reading(bare)
     assert found.order.tolist() == scores.argsort(descending=True).tolist()

@@ -33,7 +33,16 @@ def damage():
     judge, channels = Judge(network, network, batches, images=192), analyse(network)
     probes = {g.name: [round(0.75 * g.size), round(0.5 * g.size)] for g in channels.groups}
     found = {}
-    for name in ("magnitude", "cap", "thinet", "thinet-omp", "fp-backward", "fp-omp", "fp-backward-out"):
+    for name in (
+        "magnitude",
+        "cap",
+        "thinet",
+        "thinet-omp",
+        "fp-backward",
+        "fp-omp",
+        "magnitude-in",
+        "fp-backward-out",
+    ):
         rankings = rank_groups(judge, channels, SELECTORS[name].function, widths=probes)
         found[name] = np.log([[rankings[g].damage[w] for w in widths] for g, widths in probes.items()])
     return {name: np.exp((values - found["magnitude"]).mean()) for name, values in found.items()}
@@ -44,7 +53,7 @@ def test_methods_that_look_at_images_beat_magnitude(damage, name, limit):
     assert damage[name] < limit
 
 
-@pytest.mark.parametrize("name", ["fp-backward", "fp-omp"])
+@pytest.mark.parametrize("name", ["fp-backward", "fp-omp", "magnitude-in"])
 def test_the_input_side_beats_magnitude_and_the_output_side(damage, name):
     assert damage[name] < 0.95
     assert damage[name] < 0.9 * damage["fp-backward-out"]
