@@ -8,10 +8,11 @@ starts again with all units that are left (a *restart*).
 Shapes: n units; a mask is (n,) bool, draws are (parts, n) bool, their damages (parts,).
 
 Deviations: as many units as a draw ablates go in a move, as in the source, but only so many that a width is left which
-is worth having on the target (``widths``); the search space is halved all the same, until its half is smaller than the
-smallest such step. A group whose smallest step is more than half of it is searched without halving. The damage of a
-move must be at most the threshold (the source's code for PyTorch asks for less, that for TensorFlow for at most). A
-unit that was never drawn counts as infinitely damaging (that code counts it as harmless).
+is worth having on the target (``widths``). The search space is halved all the same, down to the smallest such step;
+then the very set that would go is ablated, without any chance in it. (The source ends one halving earlier.) Where every
+step is more than half of the search space, halves are drawn to rank its units, and none goes. The damage of a move must
+be at most the threshold (the source's code for PyTorch asks for less, that for TensorFlow for at most). A unit that was
+never drawn counts as infinitely damaging (that code counts it as harmless).
 """
 
 from __future__ import annotations
@@ -63,8 +64,13 @@ class Search:
         self._begin(self.alive.copy())
 
     def step(self) -> int:
-        """How many units a draw ablates and a move takes; 0 where no narrower width is left."""
-        return self._step(int(self.space.sum()))
+        """How many units a draw ablates; 0 where no narrower width is left."""
+        steps, members = self._steps(), int(self.space.sum())
+        if not steps:
+            return 0
+        if members <= min(steps):
+            return members
+        return max((s for s in steps if s <= members // 2), default=members // 2)
 
     def draw(self, rng: np.random.Generator, parts: int) -> np.ndarray:
         """(parts, n): random subsets of the search space."""
@@ -92,11 +98,12 @@ class Search:
         if len(members) == self.width:
             self.estimate = np.where(self.alive, means, self.estimate)
         ranked = members[np.argsort(means[members], kind="stable")]
-        move = Move(tuple(ranked[:step].tolist()), float(means[ranked[step - 1]]))
-        if move.damage <= threshold and np.isfinite(move.damage):
-            self.waiting, self.looked = move, True
-            return move
-        self.refused[self.width - step] = move.damage
+        if step in self._steps():
+            move = Move(tuple(ranked[:step].tolist()), float(means[ranked[step - 1]]))
+            if move.damage <= threshold and np.isfinite(move.damage):
+                self.waiting, self.looked = move, True
+                return move
+            self.refused[self.width - step] = move.damage
         self._narrow(ranked)
         return None
 
@@ -147,19 +154,12 @@ class Search:
     def _steps(self) -> list[int]:
         return [self.width - w for w in self.widths if self.floor <= w < self.width]
 
-    def _step(self, members: int) -> int:
-        steps = self._steps()
-        fitting = [s for s in steps if s <= members // 2]
-        if fitting:
-            return max(fitting)
-        return min(steps) if steps and members == self.width else 0
-
     def _narrow(self, ranked: np.ndarray) -> None:
-        """Go on among the better half of the search space, or start again where that is too small for a step."""
-        half = ranked[: len(ranked) // 2]
-        if self._step(len(half)):
+        """Go on among the better half of the search space, but no fewer than the smallest step, or start again."""
+        members = max(len(ranked) // 2, min(self._steps(), default=len(ranked)))
+        if members < len(ranked):
             space = np.zeros(self.size, bool)
-            space[half] = True
+            space[ranked[:members]] = True
             self._begin(space)
         else:
             self.restart()

@@ -39,6 +39,8 @@ def test_halves_down_to_one_unit_and_a_restart():
     assert told(search, damages, 0.05) is None
     assert (space(search), search.step(), search.looked) == ([1, 3], 1, False)
     assert told(search, damages, 0.05) is None
+    assert (space(search), search.step(), search.looked) == ([1], 1, False)
+    assert told(search, damages, 0.05) is None
     assert (space(search), search.step(), search.looked) == (list(range(8)), 4, True)
     assert search.refused == {4: 0.4, 6: 0.2, 7: 0.1}
     assert not search.moves
@@ -73,21 +75,24 @@ def test_a_unit_that_was_never_drawn_is_never_taken():
 def test_steps_lead_to_the_candidate_widths_only():
     search = Search(64, (16, 32, 48, 64))
     seen = []
-    for _ in range(4):
+    for _ in range(6):
         seen.append((int(search.space.sum()), search.step()))
         told(search, np.ones(64), 0.5)
-    assert seen == [(64, 32), (32, 16), (64, 32), (32, 16)]  # 16 of 16 would not be a half
+    assert seen == [(64, 32), (32, 16), (16, 16)] * 2  # at last the very set that would go
     told(search, np.zeros(64), 0.5)
     search.accept()
     assert (search.width, search.step()) == (32, 16)
 
 
-def test_a_step_of_more_than_half_the_group_is_tried_without_halving():
+def test_for_a_step_of_more_than_half_the_group_halves_only_rank():
     search = Search(16, (4, 16))
-    assert search.step() == 12
+    assert search.step() == 8
+    assert told(search, np.arange(16) / 100, 0.5) is None  # cheap enough, but 8 units are no step
+    assert (space(search), search.step(), search.looked, search.refused) == (list(range(12)), 12, False, {})
     assert told(search, np.ones(16), 0.5) is None
-    assert (search.looked, search.step(), search.refused) == (True, 12, {4: 1.0})
-    told(search, np.zeros(16), 0.5)
+    assert (space(search), search.looked, search.refused) == (list(range(16)), True, {4: 1.0})
+    told(search, np.arange(16) / 100, 0.5)
+    assert told(search, np.zeros(16), 0.5).units == tuple(range(12))
     search.accept()
     assert (search.width, search.step()) == (4, 0)
 
@@ -153,6 +158,7 @@ def walked():
     told(search, [0.5, 0, 0.6, 0, 0.7, 0, 0.9, 0], 0.6)
     search.accept()  # 0 2 for 0.6
     told(search, [0, 0, 0, 0, 2.0, 0, 1.5, 0], 1.0)  # 6 for 1.5 is refused
+    assert search.refused == {1: 1.5}
     return search
 
 
