@@ -110,7 +110,7 @@ def absorb_factors(network: Network) -> Network:
         scaled = nodes[blocks[factor.block].branch]
         value = next(n for n in scaled.all_input_nodes if n.op != "get_attr")
         if _is_a(new, value, _AFFINE) and len(value.users) == 1 and len(calls[str(value.target)]) == 1:
-            lam = float(operator.attrgetter(factor.lam)(new.module))
+            lam = operator.attrgetter(factor.lam)(new.module).item()
             _multiply(new.module.get_submodule(str(value.target)), lam)
             scaled.replace_all_uses_with(value)
     graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
