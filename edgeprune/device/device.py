@@ -20,7 +20,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, Self
 
 from edgeprune.device.target import Target
 from edgeprune.errors import DeviceError
@@ -71,6 +71,27 @@ class Fingerprint:
     def digest(self) -> str:
         text = json.dumps(asdict(self), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class Device(Protocol):
+    """Something that runs jobs: this machine, one reached by ssh, a page in a browser. Close it, or use it as a context
+    manager."""
+
+    target: Target
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """What it is. Raises DeviceError when it does not answer or lacks its runtime."""
+
+    def run(self, job: Job) -> Result:
+        """One job's answer. Raises DeviceLostError when this job cost the device, DeviceError when the device is gone
+        for good."""
+
+    def close(self) -> None: ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *_: object) -> None: ...
 
 
 def agent_source() -> str:
@@ -274,7 +295,7 @@ def _drain(stream: Any, lines: collections.deque[str]) -> None:
             lines.append(line.decode("utf-8", "replace"))
 
 
-def connect(target: Target) -> PipeDevice:
+def connect(target: Target) -> Device:
     """The device of a target. Raises DeviceError for a kind of connection that is not known."""
     if target.connection == "local":
         return PipeDevice(target)

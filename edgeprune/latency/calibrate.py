@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edgeprune.device.device import PipeDevice
+from edgeprune.device.device import Device
 from edgeprune.errors import TableError
 from edgeprune.latency.kernel import Kernel
 from edgeprune.latency.memory import fit_memory, footprint
@@ -127,7 +127,7 @@ def network_key(keys: Sequence[str]) -> str:
 
 
 def calibrate(
-    device: PipeDevice, table: LatencyTable, models: Mapping[str, bytes], kernels: Mapping[str, Sequence[str]]
+    device: Device, table: LatencyTable, models: Mapping[str, bytes], kernels: Mapping[str, Sequence[str]]
 ) -> Timings:
     """Measure whole networks and store them; kernels as in ``record_networks``."""
     timings = measure_networks(device, models)

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import onnx
 
-from edgeprune.device.device import Job, PipeDevice
+from edgeprune.device.device import Device, Job
 from edgeprune.device.target import Fusion
 from edgeprune.errors import DeviceError
 from edgeprune.latency.kernel import Kernel
@@ -18,7 +18,7 @@ from edgeprune.latency.measure import REFERENCE
 from edgeprune.latency.micro import build
 
 
-def device_fusion(device: PipeDevice) -> Fusion:
+def device_fusion(device: Device) -> Fusion:
     """The target's fusion rules with the block of this very device. A target file that says block 0 is believed.
 
     Raises DeviceError when the device cannot load a single convolution.
@@ -27,7 +27,7 @@ def device_fusion(device: PipeDevice) -> Fusion:
     return replace(fusion, block=measured_block(device)) if fusion.block else fusion
 
 
-def measured_block(device: PipeDevice) -> int:
+def measured_block(device: Device) -> int:
     """Channels per block, 0 without a blocked layout."""
     kernel: Kernel = replace(REFERENCE, inputs=((1, 64, 4, 4),), output=(1, 1, 4, 4), tail=())
     micro = build([kernel])

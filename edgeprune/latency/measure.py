@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from edgeprune.device.device import Job, PipeDevice
+from edgeprune.device.device import Device, Job
 from edgeprune.errors import DeviceError
 from edgeprune.latency.kernel import Kernel
 from edgeprune.latency.micro import Micro, build, weight_bytes
@@ -53,7 +53,7 @@ class KernelsFailedError(DeviceError):
     """The device refused a batch; one of its kernels is at fault."""
 
 
-def measure_batch(device: PipeDevice, kernels: Sequence[Kernel], expected_ms: float = 3.0) -> list[Measurement]:
+def measure_batch(device: Device, kernels: Sequence[Kernel], expected_ms: float = 3.0) -> list[Measurement]:
     """Measure kernels side by side with the reference kernel. ``expected_ms``: about what one run of all takes.
 
     Raises KernelsFailedError when the device answers that the batch failed, DeviceLostError when it does not answer,
@@ -81,7 +81,7 @@ def measure_batch(device: PipeDevice, kernels: Sequence[Kernel], expected_ms: fl
     return rows
 
 
-def measure_overhead(device: PipeDevice) -> OverheadRow:
+def measure_overhead(device: Device) -> OverheadRow:
     """What the profiler costs per node: many small kernels with and without it, taking turns.
 
     Raises DeviceError when the device cannot run them.
@@ -99,7 +99,7 @@ def measure_overhead(device: PipeDevice) -> OverheadRow:
     return OverheadRow(f"{stamp:.3f}", costs[0], costs[1], reference.ms, reference.n, round(stamp, 1))
 
 
-def measure_memory(device: PipeDevice) -> list[MemoryRow]:
+def measure_memory(device: Device) -> list[MemoryRow]:
     """What weights cost that come from main memory: a kernel of many weights among copies of itself, more and more.
 
     Raises DeviceError when the device cannot run them.
@@ -163,7 +163,7 @@ class _Told:
 
 
 def _run(
-    device: PipeDevice,
+    device: Device,
     micro: Micro,
     evict_mb: Sequence[float],
     expected_ms: float = 2.0,

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edgeprune.device.device import Job, PipeDevice
+from edgeprune.device.device import Device, Job
 from edgeprune.errors import DeviceError
 from edgeprune.latency.measure import REFERENCE
 from edgeprune.latency.micro import Micro, build_chain
@@ -70,7 +70,7 @@ class Timings:
 
 
 def measure_networks(
-    device: PipeDevice, models: Mapping[str, bytes], rounds: int | None = None, seed: int = 0, limit_s: float = 60.0
+    device: Device, models: Mapping[str, bytes], rounds: int | None = None, seed: int = 0, limit_s: float = 60.0
 ) -> Timings:
     """Time serialised ONNX models against each other. ``limit_s`` bounds the rounds after the fifth.
 

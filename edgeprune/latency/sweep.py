@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from edgeprune.device.device import DeviceLostError, PipeDevice
+from edgeprune.device.device import Device, DeviceLostError
 from edgeprune.errors import TableError
 from edgeprune.latency.kernel import Kernel
 from edgeprune.latency.measure import KernelsFailedError, measure_batch, measure_memory, measure_overhead
@@ -40,7 +40,7 @@ Progress = Callable[[int, int], None]  # (kernels done, kernels to do)
 
 
 def profile(
-    device: PipeDevice, table: LatencyTable, kernels: Sequence[Kernel], progress: Progress | None = None
+    device: Device, table: LatencyTable, kernels: Sequence[Kernel], progress: Progress | None = None
 ) -> SweepStats:
     """Measure the kernels that have no row yet; after a crash the same call goes on where it was.
 
@@ -91,7 +91,7 @@ def batches(kernels: Sequence[Kernel], batch_ms: float) -> list[list[Kernel]]:
 
 
 class _Sweep:
-    def __init__(self, device: PipeDevice, table: LatencyTable, stats: SweepStats):
+    def __init__(self, device: Device, table: LatencyTable, stats: SweepStats):
         self.device = device
         self.table = table
         self.stats = stats
