@@ -52,13 +52,16 @@ def profile(
     input_shape: Shape | None = None,
     target: str = "cpu",
     threads: int | None = None,
+    on: str | None = None,
     progress: Callback = silent,
 ) -> Profile:
     """Measure what a target's table lacks: its stairs, and every kernel a plan of ``model`` may contain.
 
+    on: "HOST" or "HOST,HOST": the target is there, and reached by ssh
+
     Raises DeviceError when the target is unknown or does not answer. Doing it again measures nothing.
     """
-    with Pricing(find_target(target, threads), progress) as pricing:
+    with Pricing(find_target(target, threads, on), progress) as pricing:
         if model is not None:
             pricing.complete_table(dissect(_network(model, input_shape), pricing.fusion))
         tally, table = pricing.tally, pricing.table
@@ -77,6 +80,7 @@ def compress(
     input_shape: Shape | None = None,
     target: str = "cpu",
     threads: int | None = None,
+    on: str | None = None,
     normalize: str | None = None,
     method: str | None = None,
     planner: str | None = None,
@@ -99,6 +103,7 @@ def compress(
     resolution:  height and width of the compressed network's input: 160, or "160x120"; inputs are resized to it;
         "auto": decided together with depth and width (also by planner "3d")
     images:      calibration images
+    on:          "HOST" or "HOST,HOST": the target is there, and reached by ssh
     minutes, epochs: length of the recovery training (default: 10 minutes; 0 is none)
     out:         directory for the deliverables and for what lets the same call go on after an interruption
 
@@ -127,7 +132,7 @@ def compress(
     folder = Path(out) if out is not None else None
     if folder:
         _make(folder / "work")
-    wanted = find_target(target, threads)
+    wanted = find_target(target, threads, on)
     job = jobs.Job(
         network=network,
         budget=budget,
@@ -174,6 +179,7 @@ def measure(
     input_shape: Shape | None = None,
     target: str = "cpu",
     threads: int | None = None,
+    on: str | None = None,
     rounds: int = 40,
     progress: Callback = silent,
 ) -> Comparison:
@@ -190,7 +196,7 @@ def measure(
     for i, model in enumerate(models):
         name = str(model) if isinstance(model, (str, Path)) else f"model {i + 1}"
         named[name if name not in named else f"{name} ({i + 1})"] = _onnx(model, input_shape)
-    with Pricing(find_target(target, threads), progress) as pricing:
+    with Pricing(find_target(target, threads, on), progress) as pricing:
         return Comparison(pricing.compare(named, rounds))
 
 
@@ -200,10 +206,11 @@ def inspect(
     input_shape: Shape | None = None,
     target: str = "cpu",
     threads: int | None = None,
+    on: str | None = None,
     progress: Callback = silent,
 ) -> Inspection:
     """The three views of a network side by side: nodes, channel groups, and kernels with their share of the latency."""
-    with Pricing(find_target(target, threads), progress) as pricing:
+    with Pricing(find_target(target, threads, on), progress) as pricing:
         anatomy = dissect(_network(model, input_shape), pricing.fusion)
         original_ms = pricing.start(to_onnx(anatomy.folded).SerializeToString())
         pricing.measure_as_it_is(anatomy)
@@ -220,6 +227,7 @@ def redesign(
     input_shape: Shape | None = None,
     target: str = "cpu",
     threads: int | None = None,
+    on: str | None = None,
     normalize: str | None = None,
     minutes: float | None = None,
     epochs: float | None = None,
@@ -245,14 +253,14 @@ def redesign(
         _make(Path(out) / "work")
     before = None if tested is None else evaluate(network.module, tested)
     train_wide(network, wide, opened, config, None if out is None else Path(out) / "work" / "wide.pt", progress)
-    with Pricing(find_target(target, threads), progress) as pricing:
+    with Pricing(find_target(target, threads, on), progress) as pricing:
         models = {name: to_onnx(fold(n)).SerializeToString() for name, n in (("original", network), ("wide", wide))}
         share = pricing.compare(models).ratio("original", "wide").value
     if share >= 1:
         raise UsageError(f"{factor:g} times as wide takes no longer on {target}: nothing to take back; ask for more")
     result = compress(
-        wide, latency=f"{100 * share:.2f}%", data=opened, test=tested, target=target, threads=threads, method=method,
-        minutes=config.minutes, epochs=config.epochs, seed=seed, out=out, progress=progress,
+        wide, latency=f"{100 * share:.2f}%", data=opened, test=tested, target=target, threads=threads, on=on,
+        method=method, minutes=config.minutes, epochs=config.epochs, seed=seed, out=out, progress=progress,
     )  # fmt: skip
     plan = plan_for(network, wide, result.recipe)
     found = Redesign(result, plan, factor, share, before, None if tested is None else evaluate(wide.module, tested))

@@ -99,6 +99,7 @@ def _model_options(parser: argparse.ArgumentParser, positional: bool = True) -> 
 def _target_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", default="cpu", help="a target file's name (default: cpu; see `edgeprune targets`)")
     parser.add_argument("--threads", type=int, help="override the target's number of threads")
+    parser.add_argument("--on", metavar="HOST[,HOST]", help="measure there, through ssh; several hosts share the work")
 
 
 def _add_compress(commands: Any) -> None:
@@ -238,6 +239,7 @@ def _compressed(options: argparse.Namespace, shown: Callable[[float, float, str]
         latency=options.latency,
         target=options.target,
         threads=options.threads,
+        on=options.on,
         data=options.data,
         test=options.test,
         normalize=options.normalize,
@@ -263,6 +265,7 @@ def _redesign(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
         factor=options.factor,
         target=options.target,
         threads=options.threads,
+        on=options.on,
         data=options.data,
         test=options.test,
         normalize=options.normalize,
@@ -296,7 +299,7 @@ def _profile(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from edgeprune.progress import Progress
 
     network = _load(options) if options.model else None
-    result = api.profile(network, target=options.target, threads=options.threads, progress=Progress())
+    result = api.profile(network, target=options.target, threads=options.threads, on=options.on, progress=Progress())
     return result.to_dict(), result.text()
 
 
@@ -305,7 +308,12 @@ def _measure(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from edgeprune.progress import Progress
 
     result = api.measure(
-        *options.files, target=options.target, threads=options.threads, rounds=options.rounds, progress=Progress()
+        *options.files,
+        target=options.target,
+        threads=options.threads,
+        on=options.on,
+        rounds=options.rounds,
+        progress=Progress(),
     )
     return result.to_dict(), result.text()
 
@@ -326,7 +334,9 @@ def _inspect(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from edgeprune import api
     from edgeprune.progress import Progress
 
-    result = api.inspect(_load(options), target=options.target, threads=options.threads, progress=Progress())
+    result = api.inspect(
+        _load(options), target=options.target, threads=options.threads, on=options.on, progress=Progress()
+    )
     return result.to_dict(), result.text()
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,9 +73,25 @@ class Fusion:
 
 @dataclass(frozen=True, slots=True)
 class Target:
+    """
+    device:      "local" or "ssh"
+    host:        of an ssh device: HOST, USER@HOST, USER@HOST:PORT, a name in ssh's own configuration; several, parted
+                 by commas, share the work
+    user, port:  for hosts that do not tell their own
+    python:      the interpreter there
+    ssh_options: further options of ssh, "Key=value"
+    ssh_config:  a configuration file of ssh, instead of the user's own
+    """
+
     name: str
     description: str = ""
-    connection: str = "local"
+    device: str = "local"
+    host: str = ""
+    user: str = ""
+    port: int = 0
+    python: str = "python3"
+    ssh_options: tuple[str, ...] = ()
+    ssh_config: str = ""
     runtime: Runtime = field(default_factory=Runtime)
     protocol: Protocol = field(default_factory=Protocol)
     fusion: Fusion = field(default_factory=Fusion)
@@ -87,9 +104,22 @@ class Target:
         if threads < 1:
             raise DeviceError(f"target {self.name}: {threads} threads asked; expected at least 1")
         cores = os.cpu_count()
-        if self.connection == "local" and cores is not None and threads > cores:
+        if self.device == "local" and cores is not None and threads > cores:
             raise DeviceError(f"target {self.name}: {threads} threads asked; this machine has {cores} cores")
         return dataclasses.replace(self, runtime=dataclasses.replace(self.runtime, threads=threads))
+
+    def on(self, hosts: str | None) -> Target:
+        """The same target reached by ssh at ``hosts`` (None keeps it as it is). Raises DeviceError for an empty name,
+        and for a target that is reached in another way than by ssh or on this machine."""
+        if hosts is None:
+            return self
+        if not all(host.strip() for host in hosts.split(",")):
+            raise DeviceError(f"--on {hosts!r}: expected HOST or HOST,HOST")
+        if self.device not in ("local", "ssh"):
+            raise DeviceError(
+                f"target {self.name}: --on names ssh hosts; its device is {self.device!r}, leave --on out"
+            )
+        return dataclasses.replace(self, device="ssh", host=hosts)
 
 
 def home() -> Path:
@@ -124,43 +154,69 @@ def list_targets() -> dict[str, Path]:
     return found
 
 
-def find_target(name: str, threads: int | None = None) -> Target:
-    """The target of that name. Raises DeviceError when there is none, or its file is wrong."""
+def find_target(name: str, threads: int | None = None, on: str | None = None) -> Target:
+    """The target of that name, at the ssh hosts ``on``. Raises DeviceError when there is none, or its file is wrong."""
     targets = list_targets()
     if name not in targets:
         known = ", ".join(sorted(targets)) or "none"
         raise DeviceError(f"no target named {name!r}; known targets: {known}. `edgeprune targets` lists them")
-    return read_target(targets[name]).with_threads(threads)
+    return read_target(targets[name]).on(on).with_threads(threads)
 
 
 def read_target(path: Path) -> Target:
-    """Parse one target file. An unknown key or a wrong type is a DeviceError that names it."""
+    """Parse one target file. An unknown key or a wrong type is a DeviceError that names it and its line."""
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        document = tomllib.loads(text)
     except (OSError, ValueError) as error:
         raise DeviceError(f"cannot read target file {path}: {error}") from None
     document.setdefault("name", path.stem)
-    target: Target = _build(Target, document, str(path), "")
+    source = _Source(str(path), text)
+    target: Target = _build(Target, document, source, "")
     if target.name != path.stem:
-        raise DeviceError(f"{path}: name is {target.name!r}; expected {path.stem!r}, the name of the file")
+        raise DeviceError(f"{source.at('name')}: name is {target.name!r}; expected {path.stem!r}, the name of the file")
+    if target.device == "local":
+        for key in ("host", "user", "port", "ssh_options", "ssh_config"):
+            if getattr(target, key):
+                raise DeviceError(f'{source.at(key)}: {key!r} is for other machines; expected device = "ssh" with it')
     return target.with_threads(target.runtime.threads)
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    path: str
+    text: str
+
+    def at(self, key: str) -> str:
+        """FILE:LINE of a key, told as ``table.key`` where it is in a table; FILE where it cannot be found."""
+        table, _, name = key.rpartition(".")
+        inside = ""
+        for number, line in enumerate(self.text.splitlines(), start=1):
+            if head := re.match(r"\s*\[\s*([\w.-]+)\s*\]", line):
+                inside = head[1]
+                if not table and inside == name:
+                    return f"{self.path}:{number}"
+            elif inside == table and re.match(rf"\s*[\"']?{re.escape(name)}[\"']?\s*=", line):
+                return f"{self.path}:{number}"
+        return self.path
 
 
 _TABLES: dict[str, Any] = {"runtime": Runtime, "protocol": Protocol, "fusion": Fusion}
 
 
-def _build(kind: Any, values: dict[str, Any], path: str, prefix: str) -> Any:
+def _build(kind: Any, values: dict[str, Any], source: _Source, prefix: str) -> Any:
     fields = {f.name: f for f in dataclasses.fields(kind)}
     arguments: dict[str, Any] = {}
     for key, value in values.items():
+        where = source.at(prefix + key)
         if key not in fields:
-            raise DeviceError(f"{path}: unknown key {prefix + key!r}; expected one of {', '.join(sorted(fields))}")
+            raise DeviceError(f"{where}: unknown key {prefix + key!r}; expected one of {', '.join(sorted(fields))}")
         if not prefix and key in _TABLES:
             if not isinstance(value, dict):
-                raise DeviceError(f"{path}: {key!r} is no table; expected [{key}]")
-            arguments[key] = _build(_TABLES[key], value, path, f"{key}.")
+                raise DeviceError(f"{where}: {key!r} is no table; expected [{key}]")
+            arguments[key] = _build(_TABLES[key], value, source, f"{key}.")
             continue
-        arguments[key] = _convert(value, str(fields[key].type), f"{path}: {prefix + key!r}")
+        arguments[key] = _convert(value, str(fields[key].type), f"{where}: {prefix + key!r}")
     return kind(**arguments)
 
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from edgeprune.device.device import Device, DeviceLostError
+from edgeprune.device.device import AgentStartError, Device, DeviceLostError
 from edgeprune.errors import TableError
 from edgeprune.latency.kernel import Kernel
 from edgeprune.latency.measure import KernelsFailedError, measure_batch, measure_memory, measure_overhead
@@ -103,17 +103,20 @@ class _Sweep:
         try:
             rows = self.steady(batch)
         except (KernelsFailedError, DeviceLostError, TableError) as error:
-            self.lost += isinstance(error, DeviceLostError)
-            if self.lost > 20:
+            lost = isinstance(error, DeviceLostError)
+            self.lost += lost
+            if self.lost > 20 or isinstance(error, AgentStartError):
                 raise
             if len(batch) > 1:
                 half = len(batch) // 2
                 self.measure(batch[:half])
                 self.measure(batch[half:])
                 return
-            if again and isinstance(error, DeviceLostError):
+            if lost and again:
                 self.measure(batch, again=False)
                 return
+            if lost:
+                measure_batch(self.device, [])  # raises when it is the device, and then no kernel is blamed
             rows = [Measurement(batch[0].key(), error=str(error), time=now())]
             self.stats.failed += 1
         else:

@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 
 from edgeprune.deploy.export import to_onnx
-from edgeprune.device.device import connect
+from edgeprune.device.connect import connect
 from edgeprune.device.target import Target
 from edgeprune.errors import TableError
 from edgeprune.graph.fold import fold
@@ -59,7 +59,7 @@ class Pricing:
 
     def __init__(self, target: Target, progress: Callback):
         self.target, self.progress, self.tally = target, progress, Tally()
-        self.device = connect(target)
+        self.device = connect(target, lambda text: progress(0.0, 0.0, text))
         try:
             self.table = open_table(self.device.fingerprint)
             self.fusion = device_fusion(self.device)

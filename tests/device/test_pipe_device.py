@@ -1,7 +1,9 @@
 """The agent as a real process with the real runtime, and agents that crash, hang and talk nonsense."""
 
 import ast
+import os
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -10,17 +12,27 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from edgeprune.device import device as module
-from edgeprune.device.device import DeviceLostError, Job, PipeDevice, agent_sha256, agent_source, connect
+from edgeprune.device import device as protocol
+from edgeprune.device import pipe as module
+from edgeprune.device.connect import connect
+from edgeprune.device.device import (
+    AgentStartError,
+    DeviceChangedError,
+    DeviceLostError,
+    Job,
+    agent_sha256,
+    agent_source,
+)
+from edgeprune.device.pipe import PipeDevice
 from edgeprune.device.target import Target
 from edgeprune.errors import DeviceError
 
 TARGET = Target("cpu")
 
 
-def tiny_model() -> bytes:
-    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 4])
-    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, 4])
+def tiny_model(size: int = 4) -> bytes:
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, size])
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, size])
     graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "g", [x], [y])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     return model.SerializeToString()
@@ -85,8 +97,8 @@ def test_missing_runtime_is_one_line():
 
 
 def test_stray_prints_do_not_reach_the_protocol():
-    noise = "def serve(source, sink):\n    print('stray'); os.write(1, b'EPA1 {}\\n'); os.system('echo noise')\n"
-    source = agent_source().replace("def serve(source, sink):\n", noise)
+    noise = "def serve(source, sink, jobs):\n    print('stray'); os.write(1, b'EPA1 {}\\n'); os.system('echo noise')\n"
+    source = agent_source().replace("def serve(source, sink, jobs):\n", noise)
     with PipeDevice(TARGET, source=source) as device:
         np.testing.assert_array_equal(run_tiny(device), [0, 2, 0, 4])
 
@@ -126,6 +138,7 @@ def test_bad_agents_are_one_line_and_soon(name):
         assert time.monotonic() - start < 10
         assert "\n" not in str(error.value)
         assert "target cpu" in str(error.value)
+        assert isinstance(error.value, AgentStartError)  # none of them shook hands
         assert device._process is None
 
 
@@ -161,7 +174,53 @@ def test_no_interpreter_is_a_device_error():
 
 def test_unknown_connection_is_refused():
     with pytest.raises(DeviceError, match="'pigeon'"):
-        connect(Target("x", connection="pigeon"))
+        connect(Target("x", device="pigeon"))
+
+
+STRANGE = """
+def power_mode(count=[0]):
+    count[0] += 1
+    return %s
+"""
+
+
+@pytest.mark.parametrize("modes", ["'15W' if count[0] < 7 else 'MAXN'", "'15W' if count[0] < 8 else 'MAXN'"])
+def test_a_change_of_the_power_mode_is_told_and_its_answer_not_taken(modes):
+    """In hello and in each job the mode is read twice: it changes before, or within, the third job."""
+    strange = agent_source().replace("\nmain(JOBS)", STRANGE % modes + "\nmain(JOBS)")
+    with PipeDevice(TARGET, source=strange) as device:
+        assert device.fingerprint.power == "15W"
+        run_tiny(device)
+        run_tiny(device)
+        with pytest.raises(DeviceChangedError, match="'15W' and '.*MAXN'; set it back") as error:
+            run_tiny(device)
+        assert not isinstance(error.value, DeviceLostError)
+        run_tiny(device)  # a fresh agent finds it set back
+        device._end()
+        device.source = agent_source()
+        with pytest.raises(DeviceChangedError, match="power '15W' and ''"):
+            run_tiny(device)
+
+
+def test_a_hang_up_ends_a_running_job_and_clears_up():
+    endless = agent_source().replace("JOBS = {", "JOBS = {'spin': lambda job, blobs: sum(iter(int, 1)),")
+    with PipeDevice(TARGET, source=endless) as device:
+        run_tiny(device)
+        agent = device._process
+        (folder,) = Path(tempfile.gettempdir()).glob(f"edgeprune-agent-{agent.pid}-*")
+        with pytest.raises(DeviceLostError, match="no answer in time"):
+            device.run(Job("spin", {}, timeout_s=0.3))
+        run_tiny(device)
+        agent = device._process
+        os.write(device._to, b'EPA1 {"op": "spin", "id": 0, "sizes": []}\n')
+        time.sleep(0.3)
+        agent.stdin.close()  # all that a lost link does to an agent
+        assert agent.wait(5) == -9
+        deadline = time.monotonic() + 5
+        while list(Path(tempfile.gettempdir()).glob(f"edgeprune-agent-{agent.pid}-*")) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not list(Path(tempfile.gettempdir()).glob(f"edgeprune-agent-{agent.pid}-*"))
+        assert not folder.exists()
 
 
 def test_closing_ends_the_process(device):
@@ -172,14 +231,26 @@ def test_closing_ends_the_process(device):
     assert process.poll() is not None
 
 
-def test_agent_is_old_python_and_standard_library_only():
-    tree = ast.parse(agent_source(), feature_version=(3, 8))
+@pytest.mark.parametrize("name", ["agent.py", "agent_ort.py"])
+def test_agent_is_old_python_and_standard_library_only(name):
+    tree = ast.parse(Path(module.__file__).with_name(name).read_text(), feature_version=(3, 8))
     top = {alias.name for node in tree.body if isinstance(node, ast.Import) for alias in node.names}
     assert top <= sys.stdlib_module_names
     assert not [node for node in tree.body if isinstance(node, ast.ImportFrom)]
     inside = {a.name for node in ast.walk(tree) if isinstance(node, ast.Import) for a in node.names} - top
     assert inside <= {"numpy", "onnxruntime", "resource"}
+
+
+def test_both_ends_have_the_same_protocol():
     assert module.MAGIC == b"EPA1 "
+    assert f"\nPROTOCOL = {protocol.PROTOCOL} " in agent_source()
+
+
+def test_an_agent_of_another_version_is_refused():
+    for replaced in ("PROTOCOL = 2 ", "PROTOCOL = None "):
+        source = agent_source().replace(f"PROTOCOL = {protocol.PROTOCOL} ", replaced)
+        with PipeDevice(TARGET, source=source) as device, pytest.raises(DeviceError, match="its agent speaks protocol"):
+            run_tiny(device)
 
 
 def test_only_the_measuring_part_is_in_the_fingerprint():

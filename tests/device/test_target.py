@@ -44,8 +44,13 @@ def test_unknown_target_lists_those_known(own):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("nmae = 'x'", "unknown key 'nmae'"),
-        ("[runtime]\nthread = 1", "unknown key 'runtime.thread'"),
+        ("nmae = 'x'", "board.toml:1: unknown key 'nmae'"),
+        ("[runtime]\nthread = 1", "board.toml:2: unknown key 'runtime.thread'"),
+        ("name = 'board'\n\n[ runtime ]\nthreads = 1\n[protocol] # how\n 'threads' = 1", "board.toml:6: unknown key"),
+        ("# typo\n[runtme]\nthreads = 1", "board.toml:2: unknown key 'runtme'"),
+        ("runtime.thread = 1", "unknown key 'runtime.thread'"),
+        ("host = 'nano'", "board.toml:1: 'host' is for other machines"),
+        ("device = 'ssh'\nport = 'x'", "board.toml:2: 'port' is 'x'; expected int"),
         ("[runtime]\nthreads = 'one'", "'runtime.threads' is 'one'; expected int"),
         ("[runtime]\nthreads = true", "'runtime.threads' is True"),
         ("[runtime]\nthreads = 0", "at least 1"),
@@ -75,6 +80,14 @@ def test_every_field_can_be_written(own):
             lines.append(f"{field.name} = {list(shown) if isinstance(shown, tuple) else repr(shown)}")
     (own / "board.toml").write_text("\n".join(lines))
     assert find_target("board") == Target("board")
+
+
+def test_an_ssh_target_is_read(own):
+    keys = 'device = "ssh"\nhost = "a,b"\nuser = "pi"\nport = 22\npython = "~/v/bin/python"\n'
+    (own / "board.toml").write_text(keys + 'ssh_options = ["Compression=yes"]\nssh_config = "~/lab"')
+    expected = Target("board", "", "ssh", "a,b", "pi", 22, "~/v/bin/python", ("Compression=yes",), "~/lab")
+    assert find_target("board") == expected
+    assert find_target("board", on="c").host == "c"
 
 
 def test_missing_directories_are_left_out(own):

@@ -2,7 +2,7 @@ import dataclasses
 
 import onnx_nets as nets
 
-from edgeprune.device.device import connect
+from edgeprune.device.connect import connect
 from edgeprune.device.target import Fusion, Target
 from edgeprune.latency.layout import device_fusion, measured_block
 

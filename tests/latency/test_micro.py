@@ -8,7 +8,7 @@ import onnx_nets as nets
 import pytest
 from tables import FINGERPRINT, conv
 
-from edgeprune.device.device import connect
+from edgeprune.device.connect import connect
 from edgeprune.device.target import Protocol, Target
 from edgeprune.errors import TableError
 from edgeprune.latency.fusion import sites

@@ -3,7 +3,7 @@ import onnx_nets as nets
 import pytest
 from tables import REF_MS, conv, table_of
 
-from edgeprune.device.device import connect
+from edgeprune.device.connect import connect
 from edgeprune.device.target import Protocol, Target
 from edgeprune.errors import DeviceError
 from edgeprune.latency.calibrate import calibrate, network_key
