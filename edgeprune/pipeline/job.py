@@ -23,10 +23,11 @@ from edgeprune.graph.resolution import Size, at_resolution, size_of
 from edgeprune.latency.networks import Timings
 from edgeprune.methods import LEARNERS, PLANNERS, SELECTORS, method_name
 from edgeprune.pipeline import workdir
+from edgeprune.pipeline.apply import State
 from edgeprune.pipeline.budget import Budget
 from edgeprune.pipeline.certificate import certify, certify_same
 from edgeprune.pipeline.judging import Judge
-from edgeprune.pipeline.learned import after_search, search_and_shrink
+from edgeprune.pipeline.learned import after_search, blocks_first, search_and_shrink, without_blocks
 from edgeprune.pipeline.pricing import Pricing
 from edgeprune.pipeline.resolution import metadata
 from edgeprune.pipeline.scaling import choose, score_images
@@ -234,11 +235,23 @@ def _shrunk(
     assert job.recovery is not None
     learner = LEARNERS[job.method]
 
-    def judge_of(trained: Network) -> Judge:
-        return Judge(trained, SELECTORS[method_name(None, True)].function, calibration, progress, labels)
+    def judge_of(network: Network) -> Judge:
+        return Judge(network, SELECTORS[method_name(None, True)].function, calibration, progress, labels)
 
+    state = State(start)
+    if learner.decides == "widths" != planner.decides:
+        removed = workdir.recall_blocks(job.folder, key) if job.folder else None
+        if removed is None:
+            removed = blocks_first(
+                start, pricing.original_ms, start_ms, budget_ms, pricing, judge_of(start), pricing.clock, progress,
+                planner.function,
+            )  # fmt: skip
+            if job.folder:
+                workdir.store_blocks(job.folder, key, removed)
+        state = without_blocks(start, removed, judge_of(start))
+        start_ms = pricing.clock(state.network) if removed else start_ms
     return search_and_shrink(
-        start, base, pricing.original_ms, start_ms, budget_ms, pricing, learner.function, data, job.recovery,
+        state, base, pricing.original_ms, start_ms, budget_ms, pricing, learner.function, data, job.recovery,
         job.folder / f"search-{key}.pt" if job.folder else None, pricing.clock, progress, planner.function,
         "widths" not in (learner.decides, planner.decides), judge_of,
     )  # fmt: skip

@@ -3,7 +3,8 @@
 The search gets a share of the time for training, recovery after the cut gets what it leaves. What the learner found
 comes as rankings and damages; so the exact planner repeats the learner's own end where that measures within the
 budget, and goes a step further or back where it does not. A learner that ranks nothing leaves a trained network that is
-judged as any other: by what its cuts do to *its* outputs, in rounds, repaired after each.
+judged as any other: by what its cuts do to *its* outputs, in rounds, repaired after each. What a learner cannot decide
+is decided before it: a learner of widths starts without the blocks that the usual way to the budget takes out.
 """
 
 from __future__ import annotations
@@ -14,15 +15,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
+from edgeprune.graph.blocks import find_blocks
 from edgeprune.graph.leftovers import lone_activations
 from edgeprune.graph.network import Network
-from edgeprune.pipeline.apply import State
+from edgeprune.pipeline.apply import State, advance
 from edgeprune.pipeline.fit import AIM
 from edgeprune.pipeline.problem import Widths
 from edgeprune.pipeline.shrink import Judgement, Prices, Shrunk, predicted_ms, problem_of, refuse_unreachable, shrink
 from edgeprune.pipeline.spans import Anatomy, dissect
 from edgeprune.plan.exact import evaluate
-from edgeprune.plan.problem import Planner, Ranking
+from edgeprune.plan.problem import Plan, Planner, Ranking, Recipe
 from edgeprune.train.config import History, Progress, TrainConfig
 from edgeprune.train.dataset import DataSet
 from edgeprune.train.learner import Learner, Lesson, Price
@@ -38,8 +40,35 @@ class Judging(Protocol):
     def repair(self, state: State) -> Network: ...
 
 
-def search_and_shrink(
+def blocks_first(
     start: Network,
+    original_ms: float,
+    start_ms: float,
+    budget_ms: float,
+    prices: Prices,
+    judging: Judging,
+    clock: Callable[[Network], float],
+    progress: Callable[[float, float, str], None],
+    planner: Planner,
+) -> tuple[str, ...]:
+    """The blocks that ``shrink`` takes out on its way to the budget, for a learner that decides widths alone."""
+    shrunk = shrink(
+        start, original_ms, budget_ms, prices, judging.judge, judging.repair, clock, progress, planner, True, start_ms
+    )
+    known = {block.name for block in find_blocks(start)}
+    return tuple(name for name in shrunk.recipe.removed if name in known)
+
+
+def without_blocks(start: Network, removed: Sequence[str], judging: Judging) -> State:
+    """``start`` with blocks taken out and repaired."""
+    if not removed:
+        return State(start)
+    state = advance(State(start), Plan({}, tuple(removed)), {})
+    return replace(state, network=judging.repair(state))
+
+
+def search_and_shrink(
+    start: State,
     original: Network,
     original_ms: float,
     start_ms: float,
@@ -57,12 +86,12 @@ def search_and_shrink(
 ) -> Shrunk:
     """As ``shrink``, with a learner in place of the judge; ``Shrunk.learning`` tells of its training.
 
-    start:  what the learner made of the original to learn from, of ``start_ms``; the recipe is made for it
+    start:  what is learnt from, of ``start_ms``: what the learner made of the original, maybe without some blocks
     config: of the search and the recovery together
     removes_blocks: whether both learner and planner do
     judge_of: of what a learner trained without ranking it
     """
-    anatomy = dissect(start, prices.fusion)
+    anatomy = dissect(start.network, prices.fusion)
     candidates = prices.prepare(anatomy)
     correction = start_ms / predicted_ms(anatomy, prices)
     refuse_unreachable(anatomy, candidates, prices, correction, original_ms, budget_ms, removes_blocks)
@@ -73,7 +102,7 @@ def search_and_shrink(
     widths = {g.name: w for g, w in zip(anatomy.channels.groups, candidates, strict=True)}
     price = pricing_of(anatomy, candidates, prices, correction)
     learned = learner.train(
-        Lesson(start, original, data, widths, price, AIM * budget_ms, _search(config), checkpoint, report)
+        Lesson(start.network, original, data, widths, price, AIM * budget_ms, _search(config), checkpoint, report)
     )
 
     def judge(state: State, anatomy: Anatomy, candidates: Sequence[Widths]) -> Judgement:
@@ -91,7 +120,8 @@ def search_and_shrink(
             removes_blocks, start_ms,
         )  # fmt: skip
     learned.history.notes.extend(_left_behind(shrunk.network, data))
-    return replace(shrunk, learning=learned.history)
+    recipe = Recipe((*start.recipe.steps, *shrunk.recipe.steps))
+    return replace(shrunk, recipe=recipe, learning=learned.history)
 
 
 def _left_behind(network: Network, data: DataSet) -> list[str]:

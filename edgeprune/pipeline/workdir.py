@@ -27,6 +27,7 @@ from edgeprune.train.config import History
 VERSION = 2
 NAME = "shrunk.pt"
 SCALING = "scaling.json"
+BLOCKS = "blocks.json"
 
 
 def digest(network: Network, options: dict[str, Any], samples: Iterable[torch.Tensor]) -> str:
@@ -75,9 +76,7 @@ def recall(folder: Path, key: str, original: Network) -> Shrunk | None:
 
 
 def store_scaling(folder: Path, key: str, scaling: Scaling) -> None:
-    part = folder / (SCALING + ".part")
-    part.write_text(json.dumps({"key": key, "size": scaling.size, "document": scaling.document}))
-    os.replace(part, folder / SCALING)
+    _write(folder / SCALING, {"key": key, "size": scaling.size, "document": scaling.document})
 
 
 def recall_scaling(folder: Path, key: str) -> Scaling | None:
@@ -90,9 +89,28 @@ def recall_scaling(folder: Path, key: str) -> Scaling | None:
         return None
 
 
+def store_blocks(folder: Path, key: str, removed: Iterable[str]) -> None:
+    _write(folder / BLOCKS, {"key": key, "removed": list(removed)})
+
+
+def recall_blocks(folder: Path, key: str) -> tuple[str, ...] | None:
+    """The blocks taken out before the search of the run with this key, or None."""
+    try:
+        state = json.loads((folder / BLOCKS).read_text())
+        return tuple(str(name) for name in state["removed"]) if state["key"] == key else None
+    except (OSError, KeyError, TypeError, ValueError):
+        return None
+
+
+def _write(file: Path, document: dict[str, Any]) -> None:
+    part = file.with_name(file.name + ".part")
+    part.write_text(json.dumps(document))
+    os.replace(part, file)
+
+
 def forget(folder: Path) -> None:
     """Shrink anew next time."""
-    for name in (NAME, SCALING):
+    for name in (NAME, SCALING, BLOCKS):
         (folder / name).unlink(missing_ok=True)
 
 

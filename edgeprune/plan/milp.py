@@ -42,7 +42,7 @@ _STDOUT = threading.Lock()
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """HiGHS 1.12 prints a line of its own to the process's standard output now and then (HiGHS issue 2783), which
-    would end up amid JSON: meanwhile that is standard error."""
+    would end up amid JSON or progress: meanwhile that goes nowhere."""
     with _STDOUT, contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError, AttributeError, ValueError):
             sys.stdout.flush()
@@ -50,7 +50,9 @@ def _quiet() -> Iterator[None]:
             saved = os.dup(1)
             stack.callback(os.close, saved)
             flush(None)
-            os.dup2(2, 1)
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            stack.callback(os.close, nowhere)
+            os.dup2(nowhere, 1)
             stack.callback(os.dup2, saved, 1)
             stack.callback(flush, None)
         yield

@@ -16,7 +16,7 @@ Deviations
     layers stay at zero, and the others recover. A layer dies when alpha exceeds what the loss loses with it, so layers
     go in the order of what they are worth per millisecond, and there is no alpha to choose: it ends at the loss of a
     network that knows nothing. The source has one alpha.
-    At most a share of what could be removed is, so that a budget beyond that leaves something for narrower layers.
+    Layers bring a part of the way to the budget, at most half of what all of them take; narrower layers bring the rest.
     Where training ends, every layer left over is judged by what its removal does to the output, as with all methods; so
     a factor that is small without being zero says nothing by itself.
 """
@@ -50,12 +50,14 @@ class Settings:
     """
     first, last: alpha of a layer of average price at the first step, and from ``full`` of the run on, in units of the
         loss of a network that always gives the same answer
+    part:        of the milliseconds from the present latency to the budget that removed layers bring
     most:        share of the latency of all removable layers that is taken
     """
 
     first: float = 1e-3
     last: float = 2.0
     full: float = 0.8
+    part: float = 0.6
     most: float = 0.5
 
 
@@ -65,7 +67,7 @@ class LayerFactors(Hook):
     network:    what ``instrument`` made
     student:    the network that is trained: ``network``, mixed (graph/resconv_mix.py)
     latency_ms: as in ``Lesson``
-    budget_ms:  the penalty ends when the network without its layers at zero is predicted to take no more than this
+    budget_ms:  the latency to reach; the penalty ends where the layers at zero have brought their part of the way
     loss:       of a network that always gives the same answer
     """
 
@@ -92,7 +94,9 @@ class LayerFactors(Hook):
         mean = sum(saved) / max(len(saved), 1)
         self.prices = [s / mean if mean > 0 else 1.0 for s in saved]  # of an average layer: 1
         self.latency_ms = latency_ms
-        self.enough_ms = max(budget_ms, full_ms - self.settings.most * sum(saved))
+        removable_ms = full_ms - latency_ms({}, tuple(f.block for f in self.factors))
+        way_ms = self.settings.part * max(full_ms - budget_ms, 0.0)
+        self.enough_ms = full_ms - min(way_ms, self.settings.most * removable_ms)
         self.enough = False
         self.dead: list[int] = []
         self.scales: list[Tensor] = []

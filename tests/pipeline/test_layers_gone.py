@@ -15,6 +15,7 @@ from edgeprune.errors import VerificationError
 from edgeprune.graph.fold import fold
 from edgeprune.graph.lift import lift
 from edgeprune.methods import SELECTORS
+from edgeprune.pipeline.apply import State
 from edgeprune.pipeline.certificate import certify, certify_same
 from edgeprune.pipeline.judging import Judge
 from edgeprune.pipeline.learned import search_and_shrink
@@ -72,7 +73,7 @@ def shrunk(original):
     batches = [x for x, _ in data.batches(64)]
     config = TrainConfig(steps=300, batch_size=16, augment="none", loss="values")
     return search_and_shrink(
-        start, original, full, full, 0.62 * full, prices, RESCONV, data, config, None,
+        State(start), original, full, full, 0.62 * full, prices, RESCONV, data, config, None,
         lambda network: predicted_ms(dissect(network), prices), lambda *_: None, exact, True,
         lambda network: Judge(network, SELECTORS["cap"].function, batches, lambda *_: None),
     )  # fmt: skip

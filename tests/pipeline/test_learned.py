@@ -10,6 +10,7 @@ from edgeprune.errors import BudgetMissedError, UsageError
 from edgeprune.graph.channels import analyse
 from edgeprune.graph.lift import lift
 from edgeprune.graph.surgery import cut
+from edgeprune.pipeline.apply import State
 from edgeprune.pipeline.learned import after_search, pricing_of, search_and_shrink
 from edgeprune.pipeline.shrink import predicted_ms
 from edgeprune.pipeline.spans import dissect
@@ -73,8 +74,8 @@ def run(network, share, slow=1.0):
         return slow * predicted_ms(dissect(net), Sizes())
 
     shrunk = search_and_shrink(
-        network, network, full, full, share * full, Sizes(), Learner(train), DATA, TrainConfig(epochs=4), None, clock,
-        lambda *_: None, exact, False, lambda network: pytest.fail("what is ranked needs no judge"),
+        State(network), network, full, full, share * full, Sizes(), Learner(train), DATA, TrainConfig(epochs=4), None,
+        clock, lambda *_: None, exact, False, lambda network: pytest.fail("what is ranked needs no judge"),
     )  # fmt: skip
     return shrunk, lessons[0]
 
@@ -213,3 +214,36 @@ def test_compress_with_a_learner(job, monkeypatch, tmp_path):
 def test_what_a_learner_needs_is_said_at_once(job, change, message):
     with pytest.raises(UsageError, match=message):
         edgeprune.compress(**{**job, "method": "aofp", **change})
+
+
+class Blocks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.one, self.two = (nn.Conv2d(i, 32, 3, padding=1) for i in (3, 32, 32))
+        self.inner, self.head = nn.Conv2d(32, 32, 3, padding=1), nn.Linear(32, 3)
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x))
+        x = torch.relu(x + self.one(x))
+        x = torch.relu(x + self.inner(torch.relu(self.two(x))))
+        return self.head(x.mean((2, 3)))
+
+
+def test_a_learner_of_widths_starts_without_blocks(job, monkeypatch, tmp_path):
+    monkeypatch.setenv("EDGEPRUNE_HOME", str(tmp_path / "home"))
+    torch.manual_seed(0)
+    model = lift(Blocks().eval(), [(1, 3, 16, 16)])
+    arguments = {**job, "model": model, "method": "aofp", "epochs": 8, "latency": "33%", "out": tmp_path / "out"}
+    try:
+        found = edgeprune.compress(**arguments)
+    except BudgetMissedError:
+        pytest.skip("this machine was too busy to measure")
+    blocks, widths = found.recipe.steps
+    assert blocks.removed
+    assert not blocks.keep
+    assert widths.keep
+    assert not widths.removed
+    assert tuple(found.report.removed) == blocks.removed
+    assert found.report.certificate < 1e-4
+    again = edgeprune.compress(**arguments)
+    assert again.recipe == found.recipe
