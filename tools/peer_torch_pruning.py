@@ -1,6 +1,6 @@
 """Torch-Pruning 1.6.1 at a measured latency: the peer that tools/bench_methods runs beside edgeprune's own methods.
 
-Torch-Pruning takes a share of channels, not a latency; the share whose *measured* latency fits is found by bisection.
+Torch-Pruning takes a share of channels, not a latency; shares whose *measured* latency fits are looked for.
 It is given what helps it: group importances over the whole network, widths rounded as asked, its batch norms estimated
 again on the calibration images (it has no repair of its own). Where it cannot take a network whole, the convolutions
 behind which residual branches join are excluded, and the answer says so.
@@ -9,6 +9,7 @@ behind which residual branches join are excluded, and the answer says so.
 from __future__ import annotations
 
 import copy
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,8 @@ from torch import nn
 import edgeprune
 from edgeprune.train.dataset import DataSet
 
-STEPS = 9
+GRID = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
+STEPS = 4
 
 
 @dataclass(frozen=True)
@@ -31,32 +33,62 @@ class Pruned:
 
 
 def to_latency(
-    model: nn.Module, shape: tuple[int, ...], budget: float, data: DataSet, importance: str, round_to: int
+    model: nn.Module, shape: tuple[int, ...], budget: float, data: DataSet, importance: str, rounding: tuple[int, ...]
 ) -> Pruned | None:
-    """The widest network within ``budget`` (a share of the original's measured latency); None if there is none.
+    """A network within ``budget`` (a share of the original's measured latency); None if there is none. Of all that were
+    tried and lie within it: the one that decides most often as the original does, on the calibration images.
 
     importance: "magnitude" or "taylor" (the gradients are those of the cross entropy with the network's own answers,
     since the images have no labels)
+    rounding: what widths are rounded to, each is tried
     """
     images = torch.cat([x for x, _ in data.batches(64)])
-    note, excluded = "", _classifiers(model)
+    best: tuple[float, Pruned] | None = None
+    for round_to in rounding:
+        for found in _within(model, shape, budget, images, importance, round_to):
+            _estimate_norms(found.module, images)
+            same = _agreement(found.module, model, images)
+            if best is None or same > best[0]:
+                best = (same, found)
+    return None if best is None else best[1]
+
+
+def _within(
+    model: nn.Module, shape: tuple[int, ...], budget: float, images: torch.Tensor, importance: str, round_to: int
+) -> list[Pruned]:
+    """Networks within the budget, of a grid of shares and of bisections towards where the grid crosses the budget. More
+    than one, since a larger share is not always faster: layers that would vanish are left whole."""
+    note, excluded = f"widths rounded to {round_to}", _classifiers(model)
     try:
         _prune(model, shape, 0.3, images, importance, round_to, excluded)
     except Exception as error:
-        note = f"residual convolutions excluded: {type(error).__name__} otherwise"
+        note += f"; residual convolutions excluded: {type(error).__name__} otherwise"
         excluded = excluded + _residual(model)
-    low, high, best = 0.0, 0.95, None
-    for _ in range(STEPS):
-        share = (low + high) / 2
+
+    def tried(share: float) -> Pruned:
         module = _prune(model, shape, share, images, importance, round_to, excluded)
         ratio = edgeprune.measure(model, module, input_shape=shape, rounds=20).ratio("model 2")[0]
-        if ratio <= budget:
-            high, best = share, Pruned(module, share, ratio, note)
-        else:
-            low = share
-    if best is not None:
-        _estimate_norms(best.module, images)
-    return best
+        return Pruned(module, share, ratio, note)
+
+    grid = [tried(share) for share in GRID]
+    found = [p for p in grid if p.ratio <= budget]
+    for before, after in itertools.pairwise(grid):
+        if before.ratio > budget >= after.ratio:
+            low, high = before.share, after.share
+            for _ in range(STEPS):
+                middle = tried((low + high) / 2)
+                if middle.ratio <= budget:
+                    found.append(middle)
+                    high = middle.share
+                else:
+                    low = middle.share
+    return found
+
+
+def _agreement(module: nn.Module, model: nn.Module, images: torch.Tensor) -> float:
+    with torch.no_grad():
+        answers = [torch.cat([net(x).argmax(1) for x in images.split(64)]) for net in (module, model.eval())]
+    return (answers[0] == answers[1]).double().mean().item()
 
 
 def _prune(
