@@ -169,6 +169,7 @@ def main(jobs):
     sys.path[:] = [place for place in sys.path if place not in ("", os.getcwd())]
     if hasattr(os, "fork") and hasattr(select, "poll"):
         own, tempfile.tempdir = temporary_folder()
+        os.environ["TMPDIR"] = tempfile.tempdir  # for what the runtime writes by itself
         guard(own)
     protocol = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)

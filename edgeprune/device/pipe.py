@@ -101,10 +101,10 @@ class PipeDevice:
     def _install_command(self) -> str:
         return f"{sys.executable} -m pip install {self.target.runtime.name}"
 
-    def _verdict(self, error: DeviceLostError, code: int) -> DeviceError:
-        """What to raise for a lost agent whose process ended with ``code``."""
+    def _verdict(self, where: str, error: DeviceLostError, code: int) -> DeviceError:
+        """What to raise for an agent that was lost ``where`` and whose process ended with ``code``."""
         said = " ".join(self._said[-1].split())[:300] if self._said else ""
-        return type(error)(f"{error} (exit code {code}{'; ' + said if said else ''})")
+        return DeviceLostError(f"{where}: {error} (exit code {code}{'; ' + said if said else ''})")
 
     # starting and ending
 
@@ -220,7 +220,7 @@ class PipeDevice:
     def _lost(self, error: DeviceLostError, op: str) -> DeviceError:
         """End the agent and say what that was."""
         ended = self._end(patience_s=3 if isinstance(error, _EndedError) else 0)
-        return self._verdict(DeviceLostError(f"{self.where}, {op}: {error}"), ended)
+        return self._verdict(self.where if op in ("start", "hello") else f"{self.where}, {op}", error, ended)
 
     def _end(self, patience_s: float = 0) -> int:
         """Kill the agent, unless it ends by itself within ``patience_s``; returns its exit code."""

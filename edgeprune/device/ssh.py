@@ -189,18 +189,18 @@ class SshDevice(PipeDevice):
             with contextlib.suppress(OSError):
                 os.unlink(self._socket)
 
-    def _verdict(self, error: DeviceLostError, code: int) -> DeviceError:
+    def _verdict(self, where: str, error: DeviceLostError, code: int) -> DeviceError:
         python, host = self.target.python, self.address.host
         if code in (126, 127, OLD_PYTHON):
             found = "is older than 3.8" if code == OLD_PYTHON else "cannot be run"
             return DeviceError(
-                f"{self.where}: {python} {found} there; install Python 3.8 or newer, or name the interpreter in the "
+                f"{where}: {python} {found} there; install Python 3.8 or newer, or name the interpreter in the "
                 'target file: python = "/path/to/python3"'
             )
         if code in STOPPED:
-            return LinkLostError(f"{self.where}: its agent was ended from outside (exit code {code})")
+            return LinkLostError(f"{where}: its agent was ended from outside (exit code {code})")
         if code != SSH_FAILED:
-            return super()._verdict(error, code)
+            return super()._verdict(where, error, code)
         said = [" ".join(line.split()) for line in self._said if line.strip()]
         last = next((f" ({line[:300]})" for line in reversed(said) if not line.startswith("Host key verif")), "")
         for pattern, passes, meaning in MEANINGS:
@@ -209,5 +209,5 @@ class SshDevice(PipeDevice):
                 copy += f"{self.address.user + '@' if self.address.user else ''}{host}"
                 text = meaning.format(name=self.address.known_as, ssh=self._by_hand(), copy=copy)
                 kind = LinkLostError if passes else DeviceError
-                return kind(f"{self.where}: {text}{last}")
-        return LinkLostError(f"{self.where}: the link is lost or cannot be made{last}")
+                return kind(f"{where}: {text}{last}")
+        return LinkLostError(f"{where}: the link is lost{last}")
