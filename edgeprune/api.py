@@ -85,6 +85,7 @@ def compress(
     method: str | None = None,
     planner: str | None = None,
     resolution: str | int | None = None,
+    lowrank: bool = False,
     images: int = 1024,
     minutes: float | None = None,
     epochs: float | None = None,
@@ -102,6 +103,8 @@ def compress(
     planner:     how much of everything is decided: a key of ``edgeprune.methods.PLANNERS`` (default: exact)
     resolution:  height and width of the compressed network's input: 160, or "160x120"; inputs are resized to it;
         "auto": decided together with depth and width (also by planner "3d")
+    lowrank:     whether convolutions may become 1x1 -> KxK -> 1x1 where the table says that this is faster, and it
+        hurts less than narrowing
     images:      calibration images
     on:          "HOST" or "HOST,HOST": the target is there, and reached by ssh
     minutes, epochs: length of the recovery training (default: 10 minutes; 0 is none)
@@ -145,6 +148,7 @@ def compress(
         recovery=_recovery(minutes, epochs, seed),
         seed=seed,
         resolution=size,
+        lowrank=lowrank,
         folder=folder / "work" if folder else None,
     )
     with Pricing(wanted, progress) as pricing:
@@ -277,19 +281,19 @@ def rebuild(
     input_shape: Shape | None = None,
     seed: int = 0,
 ) -> Network:
-    """A fresh network, with random weights, of ``model``'s form and the widths of a ``redesign.json``.
+    """A fresh network, with random weights, of ``model``'s form and the widths, blocks and factored layers of a
+    ``redesign.json`` or ``plan.json``.
 
     Raises UsageError when the plan cannot be read or is for another network.
     """
     try:
-        steps = Recipe.from_json(Path(plan).read_text()).steps
+        recipe = Recipe.from_json(Path(plan).read_text())
     except OSError as error:
         raise UsageError(
-            f"{plan}: {error.strerror or error}; expected the redesign.json of `edgeprune redesign`"
+            f"{plan}: {error.strerror or error}; expected the redesign.json of `edgeprune redesign`, or the plan.json "
+            "of `edgeprune compress`"
         ) from None
-    if len(steps) != 1:
-        raise UsageError(f"{plan}: holds {len(steps)} plans; expected the one of a redesign.json")
-    network = fresh(_network(model, input_shape), steps[0], seed)
+    network = fresh(_network(model, input_shape), recipe, seed)
     if out is not None:
         save(network, out)
     return network

@@ -122,6 +122,9 @@ def _add_compress(commands: Any) -> None:
         metavar="HxW",
         help="the compressed network's input: auto, or a size smaller than the original's",
     )
+    parser.add_argument(
+        "--lowrank", action="store_true", help="factor convolutions where that is faster and hurts less than narrowing"
+    )
     parser.add_argument("--images", type=int, default=1024, help="calibration images (default: 1024)")
     parser.add_argument("--minutes", type=float, help="time for recovery training (default: 10; 0: none)")
     parser.add_argument("--epochs", type=float, help="passes of recovery training, instead of --minutes")
@@ -158,11 +161,11 @@ def _add_redesign(commands: Any) -> None:
 
 def _add_rebuild(commands: Any) -> None:
     parser = _command(
-        commands, "rebuild", _rebuild, "make a fresh network of the widths that a redesign found",
+        commands, "rebuild", _rebuild, "make a fresh network of the form that redesign or compress found",
         "edgeprune rebuild model.pt2 out/redesign.json --out fresh.pt2",
     )  # fmt: skip
     _model_options(parser)
-    parser.add_argument("plan", metavar="redesign.json")
+    parser.add_argument("plan", metavar="PLAN.json", help="redesign.json, or the plan.json of compress")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", required=True, metavar="FILE.pt2")
 
@@ -246,6 +249,7 @@ def _compressed(options: argparse.Namespace, shown: Callable[[float, float, str]
         method=options.method,
         planner=options.planner,
         resolution=options.resolution,
+        lowrank=options.lowrank,
         images=options.images,
         minutes=options.minutes,
         epochs=options.epochs,

@@ -63,6 +63,8 @@ class Report:
     target:        name, runtime and fingerprint of the device that measured
     widths:        group -> (units kept, units it had); groups that kept all are left out
     removed:       names of the removed blocks
+    factored:      layer -> {"inputs", "outputs": (rank, channels it had there)}, of convolutions that became thinner
+                   ones and are still there
     method, planner: how channels were ranked, and what decided how much of everything stays
     gap:           proven relative gap of the plan, None if it was not planned by the exact solver
     preprocessing: what must be done to inputs that the original did not need; empty for none
@@ -95,6 +97,7 @@ class Report:
     gap: float | None = None
     preprocessing: str = ""
     scaling: Mapping[str, Any] | None = None
+    factored: Mapping[str, Mapping[str, Sequence[int]]] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
     warnings: Sequence[str] = ()
     notes: Sequence[str] = ()
@@ -157,6 +160,8 @@ def render(report: Report) -> str:
         + (f", file == torch to {error:.1e}" if error is not None else "")
     )
     lines.append(f"groups narrowed: {len(report.widths)}, blocks removed: {len(report.removed)}")
+    if report.factored:
+        lines.append("layers factored: " + ", ".join(_ranks(layer, sides) for layer, sides in report.factored.items()))
     if report.preprocessing:
         lines.append(
             f"input {' and '.join('x'.join(map(str, s)) for s in report.input_shapes)}: {report.preprocessing}"
@@ -166,6 +171,10 @@ def render(report: Report) -> str:
     lines += [f"note: {text}" for text in report.notes]
     lines += [f"warning: {text}" for text in report.warnings]
     return "\n".join(lines)
+
+
+def _ranks(layer: str, sides: Mapping[str, Sequence[int]]) -> str:
+    return f"{layer} ({', '.join(f'{side} {full} -> {rank}' for side, (rank, full) in sides.items())})"
 
 
 def _weighed(scaling: Mapping[str, Any]) -> str:

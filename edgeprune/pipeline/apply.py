@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from edgeprune.errors import UsageError
 from edgeprune.graph.blocks import find_blocks
 from edgeprune.graph.channels import analyse
+from edgeprune.graph.factor import factored
 from edgeprune.graph.network import Network
 from edgeprune.graph.resolution import at_resolution
 from edgeprune.graph.surgery import cut, remove
@@ -51,10 +52,13 @@ def apply_plan(network: Network, plan: Plan) -> Network:
 
 
 def apply_recipe(network: Network, recipe: Recipe) -> Network:
-    """Apply all plans of a recipe, in order, to the network it was made for, at the recipe's resolution. Raises
-    UsageError as ``apply_plan``, UnsupportedModelError as ``at_resolution``."""
+    """Apply all plans of a recipe, in order, to the network it was made for, at the recipe's resolution and with its
+    layers factored. Raises UsageError as ``apply_plan`` and ``factored``, UnsupportedModelError as
+    ``at_resolution``."""
     if recipe.resolution is not None:
         network = at_resolution(network, recipe.resolution)
+    if recipe.factored:
+        network = factored(network, recipe.factored)
     for plan in recipe.steps:
         network = apply_plan(network, plan)
     return network

@@ -4,20 +4,27 @@ masked to zero. It proves the surgery of this very run, apart from any refitting
 A method that learns what can go may cut another network than the original: one with more in it that can go, of the same
 outputs, which is shown too. Its cuts are applied to the weights that it had before training. A shortcut that carried
 nothing there carries its input here, since behind a removed layer zeros would be compared with zeros.
+
+Factored layers are shown to be the kernels that they come to, multiplied out; cuts are then those of the network that
+has them.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 
 from edgeprune.errors import VerificationError
 from edgeprune.graph.blocks import find_blocks
 from edgeprune.graph.channels import analyse
+from edgeprune.graph.factor import merged
 from edgeprune.graph.masking import masked_outputs
 from edgeprune.graph.network import Network
 from edgeprune.graph.resconv import with_open_shortcuts
 from edgeprune.graph.surgery import cut, remove
-from edgeprune.plan.problem import Recipe
+from edgeprune.plan.problem import Factoring, Recipe
 
 TOLERANCE = 1e-4
 
@@ -54,14 +61,34 @@ def certify_same(original: Network, start: Network, batch: int = 2) -> float:
     inputs = original.random_inputs(batch)
     with torch.no_grad():
         expected, actual = original.module.eval()(*inputs), start.module.eval()(*inputs)
-    pairs = zip(*(v if isinstance(v, (tuple, list)) else (v,) for v in (actual, expected)), strict=True)
-    worst = max(_error(ours, theirs) for ours, theirs in pairs)
+    worst = max(_error(ours, theirs) for ours, theirs in _pairs(actual, expected))
     if not worst <= TOLERANCE:
         raise VerificationError(
             f"preparing {original.origin} for learning changed its outputs by {worst:.3g} of the largest; expected at "
             f"most {TOLERANCE:g}. Please report this network, and use another --method meanwhile"
         )
     return worst
+
+
+def certify_factored(original: Network, start: Network, factorings: Sequence[Factoring], batch: int = 2) -> float:
+    """Largest difference of any output between a network of factored layers and the original with the one kernel that
+    each of them comes to, relative to the largest output. Raises VerificationError above 1e-4."""
+    whole = merged(start, original, factorings)
+    inputs = original.random_inputs(batch)
+    with torch.no_grad():
+        expected, actual = whole.module.eval()(*inputs), start.module.eval()(*inputs)
+    worst = max(_error(ours, theirs) for ours, theirs in _pairs(actual, expected))
+    if not worst <= TOLERANCE:
+        raise VerificationError(
+            f"factoring layers of {original.origin} gave other outputs than their kernels multiplied out, by "
+            f"{worst:.3g} of the largest; expected at most {TOLERANCE:g}. Please report this network, and leave "
+            "--lowrank out"
+        )
+    return worst
+
+
+def _pairs(actual: Any, expected: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    return zip(*(v if isinstance(v, (tuple, list)) else (v,) for v in (actual, expected)), strict=True)
 
 
 def _error(ours: torch.Tensor, theirs: torch.Tensor) -> float:

@@ -17,6 +17,7 @@ from edgeprune.deploy.export import to_onnx
 from edgeprune.deploy.verify import Verification, verify
 from edgeprune.device.target import Target
 from edgeprune.errors import UsageError
+from edgeprune.graph.factor import factored
 from edgeprune.graph.fold import denormals, fold
 from edgeprune.graph.network import Network
 from edgeprune.graph.resolution import Size, at_resolution, size_of
@@ -25,13 +26,16 @@ from edgeprune.methods import LEARNERS, PLANNERS, SELECTORS, method_name
 from edgeprune.pipeline import workdir
 from edgeprune.pipeline.apply import State
 from edgeprune.pipeline.budget import Budget
-from edgeprune.pipeline.certificate import certify, certify_same
+from edgeprune.pipeline.certificate import certify, certify_factored, certify_same
 from edgeprune.pipeline.judging import Judge
 from edgeprune.pipeline.learned import after_search, blocks_first, search_and_shrink, without_blocks
+from edgeprune.pipeline.lowrank import Begun, begin
 from edgeprune.pipeline.pricing import Pricing
 from edgeprune.pipeline.resolution import metadata
 from edgeprune.pipeline.scaling import choose, score_images
 from edgeprune.pipeline.shrink import Shrunk, shrink, uncut
+from edgeprune.plan.problem import Recipe
+from edgeprune.prune.select.fp import backward, pursuit
 from edgeprune.train.config import History, TrainConfig
 from edgeprune.train.config import Progress as Step
 from edgeprune.train.dataset import DataSet
@@ -55,6 +59,7 @@ class Job:
     images:   how many of ``data`` calibrate selection and refitting
     recovery: how to train, None not at all; a learner's search is part of it
     resolution: the input's height and width of the compressed network; AUTO: decided here; None: as it is
+    lowrank:  whether convolutions may become triples of thinner ones, where that is the better bargain
     folder:   where state is kept for the same command to go on with, None nowhere
     """
 
@@ -69,11 +74,16 @@ class Job:
     recovery: TrainConfig | None = None
     seed: int = 0
     resolution: Size | str | None = None
+    lowrank: bool = False
     folder: Path | None = None
 
     def __post_init__(self) -> None:
         if self.method not in LEARNERS:
             return
+        if self.lowrank:
+            raise UsageError(
+                f"--lowrank judges layers as they are, and --method {self.method} trains them first; use --method cap"
+            )
         if self.data is None or self.recovery is None:
             raise UsageError(f"--method {self.method} trains while it chooses: it needs --data, and --minutes above 0")
         if PLANNERS[self.planner].needs != "nothing":
@@ -151,7 +161,8 @@ def run(job: Job, pricing: Pricing, progress: Callback) -> Outcome:
             if job.folder:
                 workdir.store(job.folder, key, shrunk)
     network = shrunk.network.copy()
-    certificate = max(certify(start, shrunk.recipe), certify_same(base, start) if start is not base else 0.0)
+    notes += shrunk.notes
+    certificate = _certificate(base, start, shrunk.recipe)
     accuracy["shrunk"] = _accuracy(network, held_out)
     config, history = job.recovery, None
     if config is not None and shrunk.learning is not None:
@@ -176,6 +187,15 @@ def run(job: Job, pricing: Pricing, progress: Callback) -> Outcome:
         shrunk, network, onnx, original_onnx, certificate, verification, comparison, budget_ms, accuracy, similarity,
         history, clock.seconds, warnings, notes, scaling,
     )  # fmt: skip
+
+
+def _certificate(base: Network, start: Network, recipe: Recipe) -> float:
+    """The worst of all that was done to ``base``, on its own weights."""
+    worst = certify_same(base, start) if start is not base else 0.0
+    if recipe.factored:
+        whole, start = start, factored(start, recipe.factored)
+        worst = max(worst, certify_factored(whole, start, recipe.factored))
+    return max(worst, certify(start, recipe))
 
 
 def _splits(job: Job) -> tuple[DataSet | None, DataSet | None]:
@@ -226,11 +246,23 @@ def _shrunk(
     """base: the original at the size that is asked for; start: what plans are made for."""
     planner = PLANNERS[job.planner]
     if job.method not in LEARNERS:
-        judge = Judge(start, SELECTORS[job.method].function, calibration, progress, labels)
-        return shrink(
-            start, pricing.original_ms, budget_ms, pricing, judge.judge, judge.repair, pricing.clock, progress,
-            planner.function, planner.decides != "widths", start_ms,
+        removes_blocks = planner.decides != "widths"
+
+        def judge_for(thinner: Network | None) -> Judge:
+            return Judge(start, SELECTORS[job.method].function, calibration, progress, labels, thinner)
+
+        begun = Begun(start, start_ms, (), ())
+        if job.lowrank:
+            begun = begin(
+                start, start_ms, pricing.original_ms, budget_ms, pricing, judge_for, calibration,
+                pursuit if job.method.startswith("fp-omp") else backward, pricing.clock, progress, removes_blocks,
+            )  # fmt: skip
+        judge = judge_for(begun.network if begun.factored else None)
+        shrunk = shrink(
+            begun.network, pricing.original_ms, budget_ms, pricing, judge.judge, judge.repair, pricing.clock, progress,
+            planner.function, removes_blocks, begun.measured_ms,
         )  # fmt: skip
+        return replace(shrunk, recipe=replace(shrunk.recipe, factored=begun.factored), notes=begun.notes)
     assert data is not None
     assert job.recovery is not None
     learner = LEARNERS[job.method]
@@ -290,6 +322,7 @@ def _options(job: Job, pricing: Pricing) -> dict[str, Any]:
         "seed": job.seed,
         "resolution": job.resolution,
         "training": job.recovery.digest() if job.method in LEARNERS and job.recovery else None,
+        **({"lowrank": True} if job.lowrank else {}),
         "data": None if job.data is None else [job.data.name, len(job.data), _digest(job.data.labels)],
     }
 

@@ -26,7 +26,8 @@ PROBES = 3  # widths of a group that are measured; between them its local curve 
 class Judge:
     """Judges and repairs cuts of ``original`` by its responses to ``batches`` ((n, ...) inputs). Without batches
     selection looks at the weights, and nothing is repaired. ``labels``: the classes of all inputs, in order; planners
-    that try moves at the network's end go by them where there are any."""
+    that try moves at the network's end go by them where there are any. ``start``: what plans are made for where that is
+    not the original itself but a network of like outputs with more layers."""
 
     def __init__(
         self,
@@ -35,9 +36,11 @@ class Judge:
         batches: Sequence[torch.Tensor],
         progress: Callback,
         labels: torch.Tensor | None = None,
+        start: Network | None = None,
     ):
         self.original, self.selector, self.batches, self.progress = original, selector, batches, progress
         self.labels = labels
+        self.inner, self.start = start, start or original
 
     def judge(self, state: State, anatomy: Anatomy, candidates: Sequence[Widths]) -> Judgement:
         found = assess(
@@ -56,17 +59,18 @@ class Judge:
             },
             images=min(256, max(64, sum(map(len, self.batches)) // 4)),
             progress=lambda share: self.progress(share, 1.0, f"round {_round(state)}: judging channels and blocks"),
+            inner=self.inner,
         )
-        return Judgement(found.rankings, found.blocks, found.trials)
+        return Judgement(found.rankings, found.blocks, found.trials, found.divergence)
 
     def repair(self, state: State) -> Network:
         if not self.batches:
             return state.network
         self.progress(0.0, 1.0, f"round {_round(state) - 1}: repairing")
-        return compensate(self.original, state.network, self.batches, kept=self._kept(state))
+        return compensate(self.original, state.network, self.batches, kept=self._kept(state), inner=self.inner)
 
     def _kept(self, state: State) -> dict[str, torch.Tensor]:
-        return trace_channels(self.original, lambda network: apply_recipe(network, state.recipe))
+        return trace_channels(self.start, lambda network: apply_recipe(network, state.recipe))
 
 
 def _round(state: State) -> int:

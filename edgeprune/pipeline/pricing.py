@@ -113,6 +113,10 @@ class Pricing:
         self._fill(anatomy, candidates)
         return candidates
 
+    def renew(self, anatomy: Anatomy) -> None:
+        """Let the next network prepared at this one's input shape decide the candidates, whatever was before."""
+        self._candidates.pop(anatomy.network.input_shapes, None)
+
     def _decided(self, anatomy: Anatomy) -> dict[str, Widths]:
         row = self.table.stairs.get(_key(anatomy))
         return {} if row is None else {name: tuple(widths) for name, widths in row.widths.items()}

@@ -23,6 +23,7 @@ from edgeprune.graph.channels import analyse
 from edgeprune.graph.network import Network
 from edgeprune.graph.surgery import remove
 from edgeprune.graph.widen import inner_groups, resize, widen
+from edgeprune.pipeline.apply import apply_plan, apply_recipe
 from edgeprune.pipeline.results import Compression
 from edgeprune.plan.problem import Plan, Recipe
 from edgeprune.train.config import History, Progress, TrainConfig
@@ -68,13 +69,12 @@ def plan_for(original: Network, wide: Network, recipe: Recipe) -> Plan:
     return Plan({n: w for n, w in widths.items() if n in sizes and w != sizes[n]}, removed=recipe.removed)
 
 
-def fresh(network: Network, plan: Plan, seed: int = 0) -> Network:
-    """A network of the plan's widths, with new random weights. Raises UsageError when the plan is for another one."""
-    blocks = {block.name: block for block in find_blocks(network)}
-    unknown = sorted(set(plan.removed) - set(blocks))
-    if unknown:
-        raise UsageError(f"the plan removes {unknown[0]}, which {network.origin} does not have")
-    new = remove(resize(network, plan.widths, seed), [blocks[name] for name in plan.removed])
+def fresh(network: Network, recipe: Recipe, seed: int = 0) -> Network:
+    """A network of the recipe's form, with new random weights. Raises UsageError when the recipe is for another one."""
+    new = apply_recipe(network, replace(recipe, steps=()))
+    for plan in recipe.steps:
+        new = apply_plan(new, plan) if plan.keep else _resized(new, plan, seed)
+    new = new.copy()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for module in new.module.modules():
@@ -82,6 +82,15 @@ def fresh(network: Network, plan: Plan, seed: int = 0) -> Network:
             if reset is not None:
                 reset()
     return new
+
+
+def _resized(network: Network, plan: Plan, seed: int) -> Network:
+    """As ``apply_plan``, for a plan that says how many channels there are, and not which."""
+    blocks = {block.name: block for block in find_blocks(network)}
+    unknown = sorted(set(plan.removed) - set(blocks))
+    if unknown:
+        raise UsageError(f"the plan removes {unknown[0]}, which {network.origin} does not have")
+    return remove(resize(network, plan.widths, seed), [blocks[name] for name in plan.removed])
 
 
 @dataclass(frozen=True, slots=True)

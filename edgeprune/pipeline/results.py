@@ -12,6 +12,7 @@ from edgeprune.deploy.report import Latency, NetworkFacts, Report, render
 from edgeprune.deploy.verify import Verification
 from edgeprune.errors import BudgetMissedError
 from edgeprune.graph.count import count
+from edgeprune.graph.factor import inner_layers
 from edgeprune.graph.fold import fold
 from edgeprune.graph.load import save
 from edgeprune.graph.network import Network
@@ -19,7 +20,7 @@ from edgeprune.latency.networks import NetworkTiming, Timings
 from edgeprune.pipeline.job import Job, Outcome
 from edgeprune.pipeline.pricing import Pricing
 from edgeprune.pipeline.resolution import preprocessing
-from edgeprune.plan.problem import Recipe
+from edgeprune.plan.problem import Factoring, Recipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,7 @@ class Compression:
             gap=max((p.gap for p in shrunk.recipe.steps if p.gap is not None), default=None),
             preprocessing=preprocessing(job.network, shrunk.recipe.resolution),
             scaling=outcome.scaling,
+            factored=_factored(job.network, outcome.network, shrunk.recipe.factored),
             seconds={k: round(v, 2) for k, v in outcome.seconds.items()},
             warnings=outcome.warnings,
             notes=outcome.notes,
@@ -190,6 +192,20 @@ def _facts(network: Network, timing: NetworkTiming, file_bytes: int, accuracy: f
 
 def _latency(timing: NetworkTiming) -> Latency:
     return Latency(timing.median_ms, timing.low_ms, timing.high_ms, timing.p90_ms, timing.samples)
+
+
+def _factored(before: Network, after: Network, factorings: Sequence[Factoring]) -> dict[str, dict[str, Sequence[int]]]:
+    """Layer -> side -> (rank now, channels of the original), of the factored layers that are still there."""
+    found: dict[str, dict[str, Sequence[int]]] = {}
+    for f in factorings:
+        paths = inner_layers(after, f)
+        if paths is not None:
+            core: Any = after.module.get_submodule(paths["core"])
+            old: Any = before.module.get_submodule(f.layer)
+            both = (("inputs", f.inputs, core.in_channels, old.in_channels),
+                    ("outputs", f.outputs, core.out_channels, old.out_channels))  # fmt: skip
+            found[f.layer] = {side: (int(rank), int(full)) for side, kept, rank, full in both if kept is not None}
+    return found
 
 
 def _widths(before: Network, after: Network) -> dict[str, Sequence[int]]:

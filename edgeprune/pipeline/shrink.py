@@ -43,18 +43,19 @@ class Prices(Protocol):
 @dataclass(frozen=True, slots=True)
 class Judgement:
     """What can be cut and what it costs: a ranking per group name, a damage per block name, and trials of moves on the
-    judged network where it can be tried at all."""
+    judged network where it can be tried at all. ``divergence``: the damage that was done before."""
 
     rankings: Mapping[str, Ranking]
     block_damage: Mapping[str, float]
     trials: Trials | None = None
+    divergence: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Shrunk:
     """recipe: what was done to the original. network: cut, repaired, not yet trained; its latency as the table predicts
     it, told as a share of the original's (the machine's drift is in neither), and as measured, in ms. learning: the
-    training by which a learner decided."""
+    training by which a learner decided. notes: what factoring has to say."""
 
     recipe: Recipe
     network: Network
@@ -63,6 +64,7 @@ class Shrunk:
     rounds: int
     attempts: tuple[Attempt, ...]
     learning: History | None = None
+    notes: tuple[str, ...] = ()
 
 
 def shrink(

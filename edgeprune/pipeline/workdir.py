@@ -49,6 +49,7 @@ def store(folder: Path, key: str, shrunk: Shrunk) -> None:
         "measured_ms": shrunk.measured_ms,
         "rounds": shrunk.rounds,
         "learning": None if shrunk.learning is None else shrunk.learning.to_dict(),
+        "notes": list(shrunk.notes),
         "weights": shrunk.network.module.state_dict(),
     }
     part = folder / "shrunk.pt.part"
@@ -70,7 +71,9 @@ def recall(folder: Path, key: str, original: Network) -> Shrunk | None:
         _add_biases(network, state["weights"])
         network.module.load_state_dict(state["weights"])
         learning = None if state["learning"] is None else History(**state["learning"])
-        return Shrunk(recipe, network, state["predicted_share"], state["measured_ms"], state["rounds"], (), learning)
+        notes = tuple(state.get("notes", ()))
+        told = state["predicted_share"], state["measured_ms"], state["rounds"]
+        return Shrunk(recipe, network, *told, (), learning, notes)
     except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError, EdgepruneError):
         return None  # whatever is wrong with a kept file, the run can be done again
 

@@ -145,9 +145,23 @@ Planner = Callable[[Problem, Trials | None], Plans]  # the problem's own budget_
 
 
 @dataclass(frozen=True, slots=True)
+class Factoring:
+    """A convolution made of thinner ones (graph/factor.py).
+
+    layer:   its module path
+    inputs:  the input slices that stay, behind a 1x1 convolution; None: that side is as it was
+    outputs: the filters that stay, before a 1x1 convolution; None likewise
+    """
+
+    layer: str
+    inputs: tuple[int, ...] | None = None
+    outputs: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Recipe:
     """Plans in the order they are applied, each made for the network that the one before it leaves; before them the
-    input's height and width are set to ``resolution``, if there is one.
+    input's height and width are set to ``resolution``, if there is one, and layers are ``factored``.
 
     One plan would not do: a cut can leave finer groups than it found (a grouped convolution with one channel left in
     each group is a depthwise one), and the next plan may use them.
@@ -155,6 +169,7 @@ class Recipe:
 
     steps: tuple[Plan, ...]
     resolution: tuple[int, int] | None = None
+    factored: tuple[Factoring, ...] = ()
 
     @property
     def removed(self) -> tuple[str, ...]:
@@ -172,8 +187,10 @@ class Recipe:
             }
             for plan in self.steps
         ]
-        size = {} if self.resolution is None else {"resolution": list(self.resolution)}
-        return json.dumps({"version": PLAN_VERSION, **size, "steps": steps}, indent=1)
+        before: dict[str, Any] = {} if self.resolution is None else {"resolution": list(self.resolution)}
+        if self.factored:
+            before["factored"] = [{"layer": f.layer, "inputs": f.inputs, "outputs": f.outputs} for f in self.factored]
+        return json.dumps({"version": PLAN_VERSION, **before, "steps": steps}, indent=1)
 
     @staticmethod
     def from_json(text: str) -> Recipe:
@@ -184,11 +201,17 @@ class Recipe:
                 raise UsageError(f"plan has version {doc['version']}, this edgeprune reads version {PLAN_VERSION}")
             height, width = doc.get("resolution", (0, 0))
             size = (int(height), int(width)) if "resolution" in doc else None
-            return Recipe(tuple(_plan(step) for step in doc["steps"]), size)
+            factored = tuple(_factoring(f) for f in doc.get("factored", ()))
+            return Recipe(tuple(_plan(step) for step in doc["steps"]), size, factored)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UsageError(
                 f"not a plan: {error!r}; expected the plan.json that `edgeprune compress` writes"
             ) from None
+
+
+def _factoring(found: dict[str, Any]) -> Factoring:
+    inputs, outputs = (None if found[k] is None else tuple(int(u) for u in found[k]) for k in ("inputs", "outputs"))
+    return Factoring(str(found["layer"]), inputs, outputs)
 
 
 def _plan(step: dict[str, Any]) -> Plan:

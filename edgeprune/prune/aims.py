@@ -45,19 +45,24 @@ class Fit:
     rectified: bool = False
 
 
-def find_fits(original: Program, current: Program) -> list[Fit]:
-    """All layers of ``current`` that can be refitted, in graph order. Layers called more than once are left alone."""
+def find_fits(original: Program, current: Program, inner: Program | None = None) -> list[Fit]:
+    """All layers of ``current`` that can be refitted, in graph order. Layers called more than once are left alone, and
+    so are those that the original lacks (inside a factored convolution), unless ``inner`` has them: then its values are
+    what they should give."""
     calls = count_calls(current)
     fits = []
     for node in current.nodes:
         if node.op != "call_module" or calls[str(node.target)] > 1 or not refittable(current.leaf(node)):
             continue
+        source = original if node.name in original.order else inner
+        if source is None or node.name not in source.order:
+            continue
         end, norm = behind_norm(current, node, calls)
         target, other = _join(current, end, current.order[node.name])
-        aim = _aim(original, current, target)
-        if aim not in original.order and target is not end:
-            target, other, aim = end, None, _aim(original, current, end)
-        if aim in original.order:
+        aim = _aim(source, current, target)
+        if aim not in source.order and target is not end:
+            target, other, aim = end, None, _aim(source, current, end)
+        if aim in source.order:
             names = (norm.name if norm else None, target.name, other.name if other else None)
             readers = _readers(current, target)
             rectified = bool(readers) and all(_is_relu(r) for r in readers)

@@ -48,6 +48,7 @@ def assess(
     widths: Mapping[str, Sequence[int]] | None = None,
     images: int = 256,
     progress: Callable[[float], None] | None = None,
+    inner: Network | None = None,
 ) -> Assessment:
     """Judge every group and block of ``current`` by what it does to the original's outputs.
 
@@ -59,12 +60,13 @@ def assess(
     widths:   group name -> the widths worth measuring exactly; groups not named are not judged (default: all groups at
               75, 50 and 25 %)
     progress: called with the share done, 0 to 1
+    inner:    as for ``compensate``
     Raises DataError without any image.
     """
     inputs = [current.random_inputs(NOISE_IMAGES)] if batches is None else batches
     probes = dict.fromkeys((g.name for g in channels.groups), PROBES) if widths is None else widths
     trials = sum(map(len, probes.values())) + 3 * len(blocks)
-    judge = Judge(original, current, inputs, images=images, trials=trials, kept=kept, labels=labels)
+    judge = Judge(original, current, inputs, images=images, trials=trials, kept=kept, labels=labels, inner=inner)
     say = progress or (lambda share: None)
     rankings = rank_groups(
         judge,

@@ -38,10 +38,12 @@ class Reference:
     """The original's values at sampled positions, computed once and kept as they are asked for.
 
     Positions depend on the images' number and the value's shape only, so compressed networks are read at the same ones.
+    ``inner``: a network of like outputs, for nodes that the original does not have.
     """
 
     program: Program
     batches: Batches
+    inner: Program | None = None
     positions: Positions = field(default_factory=Positions)
     samples: dict[str, Tensor] = field(default_factory=dict)
     rows: dict[str, int] = field(default_factory=dict)
@@ -60,8 +62,11 @@ class Reference:
             return
         found: dict[str, list[Tensor]] = {name: [] for name in missing}
         start = 0
+        ours = [name for name in missing if name in self.program.order]
         for inputs in self.batches:
-            values = run(self.program, [inputs], list(missing))
+            values = run(self.program, [inputs], ours) if ours else {}
+            if self.inner is not None and len(ours) < len(missing):
+                values |= run(self.inner, [inputs], [name for name in missing if name not in values])
             for name, (dim, rows) in missing.items():
                 x = values[name][0]
                 where = self.where(place_count(x, dim), rows)
@@ -89,6 +94,7 @@ def compensate(
     kept: Kept | None = None,
     images: int | None = None,
     passes: int = 1,
+    inner: Network | None = None,
 ) -> Network:
     """A copy of ``current`` whose weights are refitted to the original's responses. No labels are used.
 
@@ -97,9 +103,11 @@ def compensate(
         activations would take more than 2 GiB
     kept:    module path -> original output channel of each output (``trace_channels``); layers whose outputs were cut
         are left alone without it
+    inner:   what tells layers that the original does not have what to give (default: nothing, they are left alone)
     Raises DataError without any image.
     """
-    reference = Reference(Program(original), as_batches(batches, original, _affordable(original, images)))
+    used = as_batches(batches, original, _affordable(original, images))
+    reference = Reference(Program(original), used, None if inner is None else Program(inner))
     new = current.copy()
     for _ in range(passes):
         refitted = refit(reference, Program(new), kept=kept)
@@ -150,7 +158,7 @@ def refit(
     rows:  sampled positions per layer, at most
     quick: as of layer.Task
     """
-    fits = find_fits(reference.program, program) if fits is None else fits
+    fits = find_fits(reference.program, program, reference.inner) if fits is None else fits
     chosen = {f.node: f for f in fits if only is None or f.node in only}
     by_name = program.by_name
     plans = {name: _rows_for(program.leaf(by_name[name]), rows) for name in chosen}

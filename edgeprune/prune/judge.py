@@ -31,7 +31,7 @@ class Judge:
     """original, current: the network before and after the cuts made so far. ``images`` bounds the calibration images
     that are used, both halves together; fewer are if ``trials`` runs of half the network would take too long or too
     much memory. A single image serves as both halves. ``labels`` ((n,) classes of all images of ``batches``, in order)
-    are kept for those that are measured, and used by nothing here."""
+    are kept for those that are measured, and used by nothing here. ``inner``: as of compensate.Reference."""
 
     def __init__(
         self,
@@ -43,6 +43,7 @@ class Judge:
         trials: int = 100,
         kept: Kept | None = None,
         labels: Tensor | None = None,
+        inner: Network | None = None,
     ) -> None:
         program = Program(current)
         sizes = sizes_of(program)
@@ -55,7 +56,8 @@ class Judge:
         first = sum(len(inputs[0]) for inputs in self.fitting) if self.fitting is not self.batches else 0
         measured = sum(len(inputs[0]) for inputs in self.batches)
         self.labels = None if labels is None else labels[first : first + measured]
-        self.reference = Reference(Program(original), self.fitting)
+        known = None if inner is None else Program(inner)
+        self.reference = Reference(Program(original), self.fitting, known)
         self.expected = outputs(self.reference.program, self.batches)
         self.kept = kept
         self.settle(program)

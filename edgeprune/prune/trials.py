@@ -51,7 +51,8 @@ class NetworkTrials:
         self.rankings = rankings
         self.start = judge.program
         few = [tuple(parts) for inputs in judge.batches for parts in zip(*(t.split(8) for t in inputs), strict=True)]
-        self.original = Reference(judge.reference.program, few)  # a few at once: all layers are sampled in one pass
+        # a few at once: all layers are sampled in one pass
+        self.original = Reference(judge.reference.program, few, judge.reference.inner)
         self.dead: dict[str, np.ndarray] = {}  # module path -> its output channels that nobody reads any more
         self.joined = any(str(n.target).partition("aten.")[2].startswith(NORMS) for n in judge.program.nodes)
         self._now: float | None = None  # the final error of what was accepted
@@ -153,7 +154,8 @@ class NetworkTrials:
         path, dim = str(node.target), channel_dim(program.leaf(node))
         shape = place_count(values[0], dim)
         if not self.original.rows:
-            self.original.gather(_layers(self.original.program))
+            known = (self.original.inner, self.original.program)
+            self.original.gather({k: v for program in known if program for k, v in _layers(program).items()})
         expected = self.original.at(name, ROWS, shape)
         actual = values_at(values, dim, self.original.where(shape, ROWS))
         kept = kept_of(self.judge.kept, path, actual.shape[1], expected.shape[1])

@@ -65,12 +65,12 @@ def test_there_and_back(network):
     final = apply_plan(apply_plan(wide, first), second)
     plan = plan_for(network, wide, Recipe((first, second)))
     assert plan.widths == {"stem": 6, "a": 14, "c": 5}
-    new = fresh(network, plan, seed=3)
+    new = fresh(network, Recipe((plan,)), seed=3)
     assert shapes(new) == shapes(final)
-    again = fresh(network, plan, seed=3).module.state_dict()
+    again = fresh(network, Recipe((plan,)), seed=3).module.state_dict()
     for key, value in new.module.state_dict().items():
         assert torch.equal(again[key], value)
-    assert not torch.equal(fresh(network, plan, seed=4).module.a.weight, new.module.a.weight)
+    assert not torch.equal(fresh(network, Recipe((plan,)), seed=4).module.a.weight, new.module.a.weight)
     bound = 1 / np.sqrt(6 * 9)  # of the layer's own initialisation
     assert 0.8 * bound < float(new.module.a.weight.detach().abs().max()) <= bound
 
@@ -86,9 +86,9 @@ def test_removed_blocks_are_part_of_it(network):
     step = Plan({"a": 13}, removed=("c",), keep={"a": tuple(range(13))})
     name = next(b.name for b in edgeprune.graph.blocks.find_blocks(network) if "c" in b.name or b.name == "c")
     plan = plan_for(network, wide, Recipe((Plan(step.widths, (name,), step.keep),)))
-    assert "c.weight" not in shapes(fresh(network, plan))
+    assert "c.weight" not in shapes(fresh(network, Recipe((plan,))))
     with pytest.raises(UsageError, match="does not have"):
-        fresh(network, Plan({}, removed=("nothing",)))
+        fresh(network, Recipe((Plan({}, removed=("nothing",)),)))
 
 
 def test_refused(network):

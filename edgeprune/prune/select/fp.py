@@ -9,8 +9,9 @@ Source: Purohit et al. (TMLR 2024), sparse approximation of filters f_j by kept 
     output side   the filters that make the channel, batch norm folded in
 
 Shapes: everything is done on the Gram matrix (units, units) of one side. Costs are shares of its energy.
-Deviations: `narrow` only: filters are chosen this way, cut for real, and made up for in the readers; the low-rank
-execution (1x1, KxK, 1x1) would leave the neighbours as wide as they were. A channel goes whole, so one side decides.
+Deviations: `narrow`: filters are chosen this way, cut for real, and made up for in the readers; the low-rank execution
+(1x1, KxK, 1x1), which leaves the neighbours as wide as they are, is prune/lowrank.py's. A channel goes whole, so one
+side decides.
 Lengths count (the public code normalises the filters). A unit of several channels is one long vector; so is a unit that
 several layers make (a residual sum) or read, each with the same energy, since a combination must hold in all of them at
 once. Depthwise layers on the way multiply in: the filters of both together are outer products.
