@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from edgeprune.device.device import Device, Say, silent
 from edgeprune.device.pipe import PipeDevice
-from edgeprune.device.ssh import SshDevice
+from edgeprune.device.pool import PoolDevice
+from edgeprune.device.ssh import SshDevice, parse_address
 from edgeprune.device.target import Target
 from edgeprune.errors import DeviceError
 
@@ -21,5 +22,10 @@ def connect(target: Target, say: Say = silent) -> Device:
             raise DeviceError(
                 f"target {target.name} is reached by ssh; say where it is: --on HOST, or host = in its file"
             )
-        return SshDevice(target, target.host, say=say)
+        hosts = [host.strip() for host in target.host.split(",")]
+        if len(hosts) == 1:
+            return SshDevice(target, hosts[0], say=say)
+        if len({parse_address(host, target.user, target.port) for host in hosts}) < len(hosts):
+            raise DeviceError(f"target {target.name}: {target.host} names a host twice; name each once")
+        return PoolDevice({host: SshDevice(target, host, say=say) for host in hosts}, say=say)
     raise DeviceError(f"target {target.name}: device {target.device!r} is not known; expected 'local' or 'ssh'")

@@ -65,6 +65,7 @@ class PipeDevice:
         self._listener: threading.Thread | None = None
         self._count = 0
         self._fingerprint: Fingerprint | None = None
+        self._closed = False
 
     def __enter__(self) -> Self:
         return self
@@ -86,6 +87,7 @@ class PipeDevice:
         return self._ask(job)
 
     def close(self) -> None:
+        self._closed = True
         process = self._process
         if process is not None and process.stdin is not None:
             with contextlib.suppress(OSError):
@@ -113,6 +115,8 @@ class PipeDevice:
         if self._process is not None and self._process.poll() is None:
             return
         self._end()
+        if self._closed:
+            raise DeviceError(f"{self.where} is closed; open it anew")
         try:
             self._start(time.monotonic() + limit_s)
             hello = self._ask(Job("hello", {"protocol": PROTOCOL}, timeout_s=limit_s))

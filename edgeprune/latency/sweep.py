@@ -2,16 +2,18 @@
 
 Kernels of like cost share a batch, so that small ones get many runs. A batch whose reference kernel was slow (another
 process on the machine) is repeated; a batch that fails is halved until the kernel at fault is alone, and that one gets
-a row saying so.
+a row saying so. Several devices share the batches.
 """
 
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from edgeprune.device.device import AgentStartError, Device, DeviceLostError
+from edgeprune.device.pool import share
 from edgeprune.errors import TableError
 from edgeprune.latency.kernel import Kernel
 from edgeprune.latency.measure import KernelsFailedError, measure_batch, measure_memory, measure_overhead
@@ -35,6 +37,13 @@ class SweepStats:
     batches: int = 0
     repeated: int = 0
 
+    def add(self, other: SweepStats) -> None:
+        self.known += other.known
+        self.measured += other.measured
+        self.failed += other.failed
+        self.batches += other.batches
+        self.repeated += other.repeated
+
 
 Progress = Callable[[int, int], None]  # (kernels done, kernels to do)
 
@@ -56,15 +65,23 @@ def profile(
         table.append([measure_overhead(device)])
         if not table.memory:
             table.append(measure_memory(device))
-    sweep = _Sweep(device, table, stats)
-    done = 0
-    for batch in batches(missing, device.target.protocol.batch_ms):
+    sweeps: dict[int, _Sweep] = {}
+    done, lock = 0, threading.Lock()
+
+    def work(worker: Device, batch: list[Kernel]) -> None:
+        nonlocal done
+        sweep = sweeps.setdefault(id(worker), _Sweep(worker, table))
         fresh = table.missing(batch)  # another process may have measured it meanwhile
         if fresh:
             sweep.measure(fresh)
-        done += len(batch)
-        if progress is not None:
-            progress(done, len(missing))
+        with lock:
+            done += len(batch)
+            if progress is not None:
+                progress(done, len(missing))
+
+    share(device, batches(missing, device.target.protocol.batch_ms), work)
+    for sweep in sweeps.values():
+        stats.add(sweep.stats)
     return stats
 
 
@@ -91,10 +108,12 @@ def batches(kernels: Sequence[Kernel], batch_ms: float) -> list[list[Kernel]]:
 
 
 class _Sweep:
-    def __init__(self, device: Device, table: LatencyTable, stats: SweepStats):
+    """What one device does of a sweep; how quiet it can be is its own."""
+
+    def __init__(self, device: Device, table: LatencyTable):
         self.device = device
         self.table = table
-        self.stats = stats
+        self.stats = SweepStats()
         self.best = (math.inf, math.inf)  # references, large and small
         self.lost = 0
 

@@ -18,7 +18,7 @@ import pytest
 
 from edgeprune.device.target import Protocol, Target
 
-QUICK = Protocol(warmup_ms=1, kernel_ms=1, evict_mb=1, batch_ms=0.1, rounds=3, round_ms=2)
+QUICK = Protocol(warmup_ms=1, kernel_ms=1, evict_mb=1, batch_ms=0.04, rounds=3, round_ms=2)
 SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
 
 
