@@ -1,9 +1,9 @@
 """Torch-Pruning 1.6.1 at a measured latency: the peer that tools/bench_methods runs beside edgeprune's own methods.
 
-Torch-Pruning takes a share of channels, not a latency; shares whose *measured* latency fits are looked for.
-It is given what helps it: group importances over the whole network, widths rounded as asked, its batch norms estimated
-again on the calibration images (it has no repair of its own). Where it cannot take a network whole, the convolutions
-behind which residual branches join are excluded, and the answer says so.
+Torch-Pruning takes a share of channels, not a latency; shares whose *measured* latency fits are looked for. It is
+given what helps it: group importances over the whole network, several roundings of its widths, and, where asked,
+batch norms estimated again on the calibration images (it has no repair of its own). Where it cannot take a network
+whole, the convolutions behind which residual branches join are excluded, and the answer says so.
 """
 
 from __future__ import annotations
@@ -33,7 +33,13 @@ class Pruned:
 
 
 def to_latency(
-    model: nn.Module, shape: tuple[int, ...], budget: float, data: DataSet, importance: str, rounding: tuple[int, ...]
+    model: nn.Module,
+    shape: tuple[int, ...],
+    budget: float,
+    data: DataSet,
+    importance: str,
+    rounding: tuple[int, ...],
+    norms: bool,
 ) -> Pruned | None:
     """A network within ``budget`` (a share of the original's measured latency); None if there is none. Of all that were
     tried and lie within it: the one that decides most often as the original does, on the calibration images.
@@ -41,12 +47,14 @@ def to_latency(
     importance: "magnitude" or "taylor" (the gradients are those of the cross entropy with the network's own answers,
     since the images have no labels)
     rounding: what widths are rounded to, each is tried
+    norms: whether batch norms are estimated again on the images, which it does not do itself
     """
     images = torch.cat([x for x, _ in data.batches(64)])
     best: tuple[float, Pruned] | None = None
     for round_to in rounding:
         for found in _within(model, shape, budget, images, importance, round_to):
-            _estimate_norms(found.module, images)
+            if norms:
+                _estimate_norms(found.module, images)
             same = _agreement(found.module, model, images)
             if best is None or same > best[0]:
                 best = (same, found)
