@@ -23,6 +23,7 @@ from edgeprune.prune.select.thinet import thinet, thinet_omp
 from edgeprune.train.aofp import aofp
 from edgeprune.train.learner import Learner
 from edgeprune.train.resconv import RESCONV
+from edgeprune.train.ucp import ucp
 
 F = TypeVar("F")
 
@@ -101,6 +102,10 @@ LEARNERS: dict[str, Method[Learner]] = {
     "resconv": Method(
         RESCONV, "training", "widths and blocks", 10.0,
         "layers and branches taken out where a factor on each comes to zero", "Xu et al. 2020",
+    ),
+    "ucp": Method(
+        Learner(ucp), "training", "channels", 10.0,
+        "the channels that gates, trained in front of their readers, let through", "Chang et al. 2020",
     ),
 }  # fmt: skip
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from edgeprune.pipeline.scaling import choose, score_images
 from edgeprune.pipeline.shrink import Shrunk, shrink, uncut
 from edgeprune.plan.problem import Recipe
 from edgeprune.prune.select.fp import backward, pursuit
+from edgeprune.prune.select.scored import scored
 from edgeprune.train.config import History, TrainConfig
 from edgeprune.train.config import Progress as Step
 from edgeprune.train.dataset import DataSet
@@ -267,20 +268,21 @@ def _shrunk(
     assert job.recovery is not None
     learner = LEARNERS[job.method]
 
-    def judge_of(network: Network) -> Judge:
-        return Judge(network, SELECTORS[method_name(None, True)].function, calibration, progress, labels)
+    def judge_of(network: Network, scores: Mapping[str, np.ndarray]) -> Judge:
+        selector = scored(network, scores) if scores else SELECTORS[method_name(None, True)].function
+        return Judge(network, selector, calibration, progress, labels)
 
     state = State(start)
     if learner.decides == "widths" != planner.decides:
         removed = workdir.recall_blocks(job.folder, key) if job.folder else None
         if removed is None:
             removed = blocks_first(
-                start, pricing.original_ms, start_ms, budget_ms, pricing, judge_of(start), pricing.clock, progress,
+                start, pricing.original_ms, start_ms, budget_ms, pricing, judge_of(start, {}), pricing.clock, progress,
                 planner.function,
             )  # fmt: skip
             if job.folder:
                 workdir.store_blocks(job.folder, key, removed)
-        state = without_blocks(start, removed, judge_of(start))
+        state = without_blocks(start, removed, judge_of(start, {}))
         start_ms = pricing.clock(state.network) if removed else start_ms
     return search_and_shrink(
         state, base, pricing.original_ms, start_ms, budget_ms, pricing, learner.function, data, job.recovery,

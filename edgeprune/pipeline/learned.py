@@ -3,8 +3,9 @@
 The search gets a share of the time for training, recovery after the cut gets what it leaves. What the learner found
 comes as rankings and damages; so the exact planner repeats the learner's own end where that measures within the
 budget, and goes a step further or back where it does not. A learner that ranks nothing leaves a trained network that is
-judged as any other: by what its cuts do to *its* outputs, in rounds, repaired after each. What a learner cannot decide
-is decided before it: a learner of widths starts without the blocks that the usual way to the budget takes out.
+judged as any other: by what its cuts do to *its* outputs, in rounds, repaired after each; where it scored the channels,
+these scores say which of a group go first. What a learner cannot decide is decided before it: a learner of widths
+starts without the blocks that the usual way to the budget takes out.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
+
+import numpy as np
 
 from edgeprune.graph.blocks import find_blocks
 from edgeprune.graph.leftovers import lone_activations
@@ -82,14 +85,14 @@ def search_and_shrink(
     progress: Callable[[float, float, str], None],
     planner: Planner,
     removes_blocks: bool,
-    judge_of: Callable[[Network], Judging],
+    judge_of: Callable[[Network, Mapping[str, np.ndarray]], Judging],
 ) -> Shrunk:
     """As ``shrink``, with a learner in place of the judge; ``Shrunk.learning`` tells of its training.
 
     start:  what is learnt from, of ``start_ms``: what the learner made of the original, maybe without some blocks
     config: of the search and the recovery together
     removes_blocks: whether both learner and planner do
-    judge_of: of what a learner trained without ranking it
+    judge_of: of what a learner trained without ranking it, and its scores
     """
     anatomy = dissect(start.network, prices.fusion)
     candidates = prices.prepare(anatomy)
@@ -114,7 +117,7 @@ def search_and_shrink(
             planner, removes_blocks, start_ms, rounds=1,
         )  # fmt: skip
     else:
-        usual = judge_of(learned.network)
+        usual = judge_of(learned.network, learned.scores)
         shrunk = shrink(
             learned.network, original_ms, budget_ms, prices, usual.judge, usual.repair, clock, progress, planner,
             removes_blocks, start_ms,

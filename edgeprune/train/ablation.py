@@ -22,7 +22,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -30,63 +29,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from edgeprune.graph.channels import ChannelGroup, Channels
-from edgeprune.graph.network import BATCH_NORMS, Network
-from edgeprune.graph.ops import name_of
+from edgeprune.graph.network import Network
 from edgeprune.graph.surgery import zero_inputs
-
-_ACTIVATIONS = """
-    relu relu6 hardtanh leaky_relu elu selu celu gelu silu mish hardsigmoid hardswish sigmoid tanh softplus
-    """
-
-
-@dataclass(frozen=True, slots=True)
-class Reader:
-    """One call of a layer that reads a group.
-
-    call:   which of the calls of its module
-    index:  (units, multiplicity) positions of the group's units along its input channels
-    norm, activation: what directly follows
-    output: (channels,) the global unit of each output channel, -1 where it belongs to no group; empty if none does
-    """
-
-    path: str
-    call: int
-    index: np.ndarray
-    norm: nn.Module | None
-    activation: fx.Node | None
-    output: np.ndarray
-
-
-def find_readers(network: Network, channels: Channels, group: ChannelGroup) -> list[Reader]:
-    """All calls of convolutions and linear layers that mix the group's channels."""
-    calls = network.modules_called()
-    found = []
-    for slot in group.slots:
-        for call, node in enumerate(calls.get(slot.target, []) if slot.role == "in" else []):
-            norm = _norm_after(network, node)
-            activation = _only_user(node if norm is None else next(iter(node.users)))
-            if activation is not None and not _is_activation(activation):
-                activation = None
-            vector = channels.vector(node.name)
-            output = np.empty(0, np.int64) if vector is None else vector[1]
-            found.append(Reader(slot.target, call, slot.index, norm, activation, output))
-    return found
-
-
-def _norm_after(network: Network, node: fx.Node) -> nn.Module | None:
-    user = _only_user(node)
-    leaf = network.module.get_submodule(str(user.target)) if user is not None and user.op == "call_module" else None
-    return leaf if isinstance(leaf, BATCH_NORMS) else None
-
-
-def _only_user(node: fx.Node) -> fx.Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None
-
-
-def _is_activation(node: fx.Node) -> bool:
-    return (
-        node.op == "call_function" and name_of(node.target) in _ACTIVATIONS.split() and len(node.all_input_nodes) == 1
-    )
+from edgeprune.train.readers import Reader, along, find_readers, input_channels
 
 
 class Ablation:
@@ -102,7 +47,7 @@ class Ablation:
         self.readers = {g.name: find_readers(network, channels, g) for g in groups}
         self.indices = {g.name: {r.path: r.index for r in self.readers[g.name]} for g in groups}
         self.widths = {
-            path: _input_channels(network.module.get_submodule(path))
+            path: input_channels(network.module.get_submodule(path))
             for path in {r.path for readers in self.readers.values() for r in readers}
         }
         self.watching = False
@@ -137,7 +82,7 @@ class Ablation:
         # functions and not methods: a copy of the module must not copy all of this
         def before(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
             keep = self._keep.get(path)
-            return None if keep is None else (inputs[0] * _along(module, keep.to(inputs[0]), inputs[0]),)
+            return None if keep is None else (inputs[0] * along(module, keep.to(inputs[0]), inputs[0]),)
 
         def after(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             if self.watching and module is own and module.training:
@@ -168,7 +113,7 @@ class Ablation:
             part_of_row = torch.arange(len(x)) * len(drawn) // len(x)
             leaf = self.module.get_submodule(reader.path)
             rows = torch.from_numpy(keep)[part_of_row].to(x) if len(drawn) > 1 else torch.from_numpy(keep).to(x)
-            ablated = leaf.forward(x * _along(leaf, rows, x))
+            ablated = leaf.forward(x * along(leaf, rows, x))
             tail = self._tail(reader, leaf, y)
             base, other = tail(y), tail(ablated)
             change.index_add_(0, part_of_row, (base - other).square().flatten(1).sum(1, dtype=torch.float64).cpu())
@@ -188,12 +133,12 @@ class Ablation:
 
         def tail(value: Tensor) -> Tensor:
             if scale is not None and shift is not None:
-                value = value * _along(leaf, scale, value) + _along(leaf, shift, value)
+                value = value * along(leaf, scale, value) + along(leaf, shift, value)
             if reader.activation is not None:
                 node = reader.activation
                 args = [value if isinstance(a, fx.Node) else a for a in node.args]
                 value = node.target(*args, **node.kwargs)  # type: ignore[operator]
-            return value if stays is None else value * _along(leaf, stays, value)
+            return value if stays is None else value * along(leaf, stays, value)
 
         return tail
 
@@ -209,18 +154,6 @@ def _normaliser(norm: Any, y: Tensor) -> tuple[Tensor, Tensor]:
     if norm.weight is not None:
         scale = scale * norm.weight
     return scale, -mean * scale if norm.bias is None else norm.bias - mean * scale
-
-
-def _along(leaf: nn.Module, values: Tensor, x: Tensor) -> Tensor:
-    """Values (channels,) or (rows, channels), shaped to be multiplied with what ``leaf`` reads or gives."""
-    if isinstance(leaf, nn.Linear):
-        return values if values.dim() == 1 else values.reshape(len(values), *(1,) * (x.dim() - 2), -1)
-    rows = 1 if values.dim() == 1 else len(values)
-    return values.reshape(rows, -1, *(1,) * (x.dim() - 2))
-
-
-def _input_channels(leaf: Any) -> int:
-    return int(leaf.in_features if isinstance(leaf, nn.Linear) else leaf.in_channels)
 
 
 def silence(network: Network, channels: Channels, alive: Mapping[str, np.ndarray]) -> None:

@@ -7,14 +7,18 @@ method do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import numpy as np
+import torch
 
 from edgeprune.graph.network import Network
 from edgeprune.plan.problem import Ranking
 from edgeprune.train.config import History, Progress, TrainConfig
 from edgeprune.train.dataset import DataSet
+from edgeprune.train.loss import Objective, as_outputs
 
 Price = Callable[[Mapping[str, int], Collection[str]], float]
 
@@ -50,12 +54,15 @@ class Learned:
     rankings:     group name -> Ranking; groups without one stay whole
     block_damage: block name -> damage in the unit of the rankings; blocks without one stay
     history:      of the training
+    scores:       where nothing is ranked: group name -> (units,) importance, by which the units of a group are ordered
+                  when the network is judged as any other
     """
 
     network: Network
     rankings: Mapping[str, Ranking]
     block_damage: Mapping[str, float]
     history: History = field(default_factory=History)
+    scores: Mapping[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,3 +75,13 @@ class Learner:
 
     train: Callable[[Lesson], Learned]
     instrument: Callable[[Network], Network] | None = None
+
+
+def loss_of_constant(lesson: Lesson, inputs: Sequence[torch.Tensor]) -> float:
+    """The training loss of a network that always gives the same answer, the scale of all penalties; inputs: batches
+    (n, ...)."""
+    teacher = lesson.teacher.copy().module.eval()
+    with torch.no_grad():
+        answers = [as_outputs(teacher(x)) for x in inputs]
+    sample = tuple(torch.cat(parts) for parts in zip(*answers, strict=True))
+    return Objective(lesson.config, sample, lesson.data.labelled, True, lesson.data.name).of_constant(sample, None)

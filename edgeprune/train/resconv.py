@@ -23,11 +23,9 @@ Deviations
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from edgeprune.errors import UnsupportedModelError
@@ -37,8 +35,7 @@ from edgeprune.graph.resconv_mix import carried, mix, unmix
 from edgeprune.train.config import TrainConfig
 from edgeprune.train.finetune import finetune
 from edgeprune.train.hooks import Hook
-from edgeprune.train.learner import Learned, Learner, Lesson, Price
-from edgeprune.train.loss import Objective, as_outputs
+from edgeprune.train.learner import Learned, Learner, Lesson, Price, loss_of_constant
 from edgeprune.train.schedule import Schedule
 
 MEASURED = 256  # images that tell how much a layer gives and its shortcut would carry
@@ -171,9 +168,7 @@ def resconv(lesson: Lesson) -> Learned:
     network, teacher = instrument(lesson.network), lesson.teacher.copy()
     inputs = [x for x, _ in data.batches(64, shuffle_seed=config.seed, limit=MEASURED)]
     student = mix(network, carried(network, inputs))
-    hook = LayerFactors(
-        network, student, lesson.latency_ms, lesson.budget_ms, config, _loss_of_constant(teacher, inputs, lesson)
-    )
+    hook = LayerFactors(network, student, lesson.latency_ms, lesson.budget_ms, config, loss_of_constant(lesson, inputs))
     if not hook.factors:
         reasons = "; ".join(f"{path} {reason}" for path, reason in list(refusals(network).items())[:3])
         raise UnsupportedModelError(
@@ -186,13 +181,6 @@ def resconv(lesson: Lesson) -> Learned:
         f"{lesson.latency_ms({}, hook.removed()):.4g} ms without their layers, {lesson.budget_ms:.4g} ms asked"
     )
     return Learned(absorb_factors(unmix(student, network)), {}, {}, history)
-
-
-def _loss_of_constant(teacher: Network, inputs: Sequence[Tensor], lesson: Lesson) -> float:
-    with torch.no_grad():
-        answers = [as_outputs(teacher.module.eval()(x)) for x in inputs]
-    sample = tuple(torch.cat(parts) for parts in zip(*answers, strict=True))
-    return Objective(lesson.config, sample, lesson.data.labelled, True, lesson.data.name).of_constant(sample, None)
 
 
 def _scale(leaf: Any) -> Tensor:

@@ -75,7 +75,7 @@ def shrunk(original):
     return search_and_shrink(
         State(start), original, full, full, 0.62 * full, prices, RESCONV, data, config, None,
         lambda network: predicted_ms(dissect(network), prices), lambda *_: None, exact, True,
-        lambda network: Judge(network, SELECTORS["cap"].function, batches, lambda *_: None),
+        lambda network, scores: Judge(network, SELECTORS["cap"].function, batches, lambda *_: None),
     )  # fmt: skip
 
 

@@ -1,5 +1,7 @@
 """What a learner found goes through the planner and the clock: its end, a step further, a step back."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from edgeprune.errors import BudgetMissedError, UsageError
 from edgeprune.graph.channels import analyse
 from edgeprune.graph.lift import lift
 from edgeprune.graph.surgery import cut
+from edgeprune.methods import LEARNERS
 from edgeprune.pipeline.apply import State
 from edgeprune.pipeline.learned import after_search, pricing_of, search_and_shrink
 from edgeprune.pipeline.shrink import predicted_ms
@@ -75,7 +78,7 @@ def run(network, share, slow=1.0):
 
     shrunk = search_and_shrink(
         State(network), network, full, full, share * full, Sizes(), Learner(train), DATA, TrainConfig(epochs=4), None,
-        clock, lambda *_: None, exact, False, lambda network: pytest.fail("what is ranked needs no judge"),
+        clock, lambda *_: None, exact, False, lambda *_: pytest.fail("what is ranked needs no judge"),
     )  # fmt: skip
     return shrunk, lessons[0]
 
@@ -201,6 +204,35 @@ def test_compress_with_a_learner(job, monkeypatch, tmp_path):
     for a, b in zip(again.network.module.parameters(), first.network.module.parameters(), strict=True):
         assert torch.equal(a, b)
     assert again.report.seconds["shrink"] < 0.5 * first.report.seconds["shrink"]
+
+
+def test_scores_decide_which_channels_go(job, monkeypatch, tmp_path):
+    monkeypatch.setenv("EDGEPRUNE_HOME", str(tmp_path / "home"))
+    method, lessons = LEARNERS["ucp"], []
+
+    def train(lesson):
+        lessons.append(method.function.train(lesson))
+        return lessons[-1]
+
+    monkeypatch.setitem(LEARNERS, "ucp", replace(method, function=Learner(train)))
+    try:
+        result = edgeprune.compress(**job, method="ucp", epochs=8, out=tmp_path / "out")
+    except BudgetMissedError:
+        pytest.skip("this machine was too busy to measure")
+    (learned,) = lessons
+    assert any(note.startswith("ucp: 2 layers") for note in result.report.notes)
+    assert result.report.ratio[0] <= 0.62
+    assert result.report.certificate < 1e-4
+    left = {name: np.arange(len(scores)) for name, scores in learned.scores.items()}
+    assert set(left) == {"one", "two"}
+    assert len(result.recipe.steps) > 1  # the scores go along with what the rounds before have left
+    for plan in result.recipe.steps:
+        for name, units in plan.keep.items():
+            scores = learned.scores[name][left[name]]
+            assert scores[list(units)].min() > np.delete(scores, units).max()
+            left[name] = left[name][list(units)]
+    assert sum(map(len, left.values())) < 96
+    assert result.network.module.get_submodule("one").weight.shape[0] == len(left["one"])
 
 
 @pytest.mark.parametrize(
