@@ -14,6 +14,7 @@ from edgeprune import methods
 from edgeprune.deploy.bundle import write_files
 from edgeprune.deploy.export import to_onnx
 from edgeprune.deploy.verify import verify
+from edgeprune.device import ortweb
 from edgeprune.device.target import find_target, list_targets, read_target
 from edgeprune.errors import DeviceError, UsageError
 from edgeprune.graph.fold import fold
@@ -38,8 +39,8 @@ from edgeprune.train.evaluate import evaluate
 from edgeprune.train.modules import place
 
 __all__ = [
-    "compress", "export", "inspect", "list_methods", "load", "measure", "profile", "rebuild", "redesign", "save",
-    "targets",
+    "compress", "export", "fetch", "inspect", "list_methods", "load", "measure", "profile", "rebuild", "redesign",
+    "save", "targets",
 ]  # fmt: skip
 
 Model = nn.Module | Network | str | Path
@@ -315,6 +316,14 @@ def targets() -> list[dict[str, str]]:
             summary = f"broken: {error}"
         found.append({"name": name, "summary": summary, "path": str(path)})
     return found
+
+
+def fetch(target: str, archive: str | Path | None = None) -> Path:
+    """Put what a browser target serves, the files of onnxruntime-web, into the user's cache: from the npm registry, or
+    from the package ``archive``. Raises DeviceError when they cannot be had, UsageError when the target needs none."""
+    if find_target(target).device != "browser":
+        raise UsageError(f"target {target} needs nothing fetched; expected a browser target, such as web-wasm")
+    return ortweb.fetch(None if archive is None else Path(archive))
 
 
 def _network(model: Model, input_shape: Shape | None) -> Network:

@@ -100,6 +100,9 @@ def _target_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target", default="cpu", help="a target file's name (default: cpu; see `edgeprune targets`)")
     parser.add_argument("--threads", type=int, help="override the target's number of threads")
     parser.add_argument("--on", metavar="HOST[,HOST]", help="measure there, through ssh; several hosts share the work")
+    parser.add_argument(
+        "--listen", dest="on", metavar="ADDRESS[:PORT]", help="of a browser target: serve its page on this address"
+    )
 
 
 def _add_compress(commands: Any) -> None:
@@ -199,7 +202,12 @@ def _add_inspect(commands: Any) -> None:
 
 
 def _add_targets(commands: Any) -> None:
-    _command(commands, "targets", _targets, "list the known targets and where they come from", "edgeprune targets")
+    parser = _command(
+        commands, "targets", _targets, "list the known targets, or fetch what one needs", "edgeprune targets"
+    )
+    parser.add_argument("action", nargs="?", choices=["list", "fetch"], default="list", help="(default: list)")
+    parser.add_argument("name", nargs="?", metavar="TARGET", help="of fetch: a browser target, such as web-wasm")
+    parser.add_argument("--from", dest="archive", metavar="FILE.tgz", help="of fetch: the npm package, fetched already")
 
 
 def _add_methods(commands: Any) -> None:
@@ -347,6 +355,9 @@ def _inspect(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
 def _targets(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     from edgeprune import api
 
+    if options.action == "fetch":
+        folder = api.fetch(options.name or "web-wasm", options.archive)
+        return {"path": str(folder)}, f"{folder}: ready"
     found = api.targets()
     width = max(len(t["name"]) for t in found)
     lines = [f"{t['name']:<{width}}  {t['summary']}  ({t['path']})" for t in found]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from edgeprune.device.browser import BrowserDevice
 from edgeprune.device.device import Device, Say, silent
 from edgeprune.device.pipe import PipeDevice
 from edgeprune.device.pool import PoolDevice
@@ -28,4 +29,8 @@ def connect(target: Target, say: Say = silent) -> Device:
         if len({parse_address(host, target.user, target.port) for host in hosts}) < len(hosts):
             raise DeviceError(f"target {target.name}: {target.host} names a host twice; name each once")
         return PoolDevice({host: SshDevice(target, host, say=say) for host in hosts}, say=say)
-    raise DeviceError(f"target {target.name}: device {target.device!r} is not known; expected 'local' or 'ssh'")
+    if target.device == "browser":
+        return BrowserDevice(target)
+    raise DeviceError(
+        f"target {target.name}: device {target.device!r} is not known; expected 'local', 'ssh' or 'browser'"
+    )

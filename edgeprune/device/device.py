@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 from edgeprune.device.target import Target
 from edgeprune.errors import DeviceError
@@ -84,25 +85,33 @@ class Fingerprint:
         return ", ".join(f"{name} {a[name]!r} and {b[name]!r}" for name in a if a[name] != b[name])
 
 
-class Device(Protocol):
+class Device(ABC):
     """Something that runs jobs: this machine, one reached by ssh, a page in a browser. Close it, or use it as a context
     manager."""
 
     target: Target
 
     @property
+    @abstractmethod
     def fingerprint(self) -> Fingerprint:
         """What it is. Raises DeviceError when it does not answer or lacks its runtime."""
 
+    @abstractmethod
     def run(self, job: Job) -> Result:
         """One job's answer. Raises DeviceLostError when this job cost the device, DeviceError when the device is gone
         for good."""
 
+    @abstractmethod
     def close(self) -> None: ...
 
-    def __enter__(self) -> Self: ...
+    def show(self, done: float, total: float, what: str) -> None:  # noqa: B027
+        """How far the work is, for a device that people look at."""
 
-    def __exit__(self, *_: object) -> None: ...
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 def silent(text: str) -> None:

@@ -17,11 +17,12 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any
 
 from edgeprune.device.device import (
     PROTOCOL,
     AgentStartError,
+    Device,
     DeviceChangedError,
     DeviceLostError,
     Fingerprint,
@@ -46,7 +47,7 @@ class _EndedError(DeviceLostError):
     """The agent closed its end."""
 
 
-class PipeDevice:
+class PipeDevice(Device):
     """An agent on this machine. Use as a context manager, or call ``close``.
 
     ``argv`` starts a Python that executes its last argument as a program; ``say`` is told what is waited for.
@@ -66,12 +67,6 @@ class PipeDevice:
         self._count = 0
         self._fingerprint: Fingerprint | None = None
         self._closed = False
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     @property
     def fingerprint(self) -> Fingerprint:

@@ -74,13 +74,16 @@ class Fusion:
 @dataclass(frozen=True, slots=True)
 class Target:
     """
-    device:      "local" or "ssh"
+    device:      "local", "ssh" or "browser"
     host:        of an ssh device: HOST, USER@HOST, USER@HOST:PORT, a name in ssh's own configuration; several, parted
-                 by commas, share the work
-    user, port:  for hosts that do not tell their own
+                 by commas, share the work. Of a browser device: the address to serve the page on, ADDRESS or
+                 ADDRESS:PORT
+    user, port:  for hosts that do not tell their own; the page's port, 0 for any that is free
     python:      the interpreter there
     ssh_options: further options of ssh, "Key=value"
     ssh_config:  a configuration file of ssh, instead of the user's own
+    certificate: of a browser device: PEM file, for https; ``key`` its private key, where that is another file
+    patience_s:  of a browser device: how long a page may stay away
     """
 
     name: str
@@ -92,6 +95,9 @@ class Target:
     python: str = "python3"
     ssh_options: tuple[str, ...] = ()
     ssh_config: str = ""
+    certificate: str = ""
+    key: str = ""
+    patience_s: float = 600.0
     runtime: Runtime = field(default_factory=Runtime)
     protocol: Protocol = field(default_factory=Protocol)
     fusion: Fusion = field(default_factory=Fusion)
@@ -109,12 +115,14 @@ class Target:
         return dataclasses.replace(self, runtime=dataclasses.replace(self.runtime, threads=threads))
 
     def on(self, hosts: str | None) -> Target:
-        """The same target reached by ssh at ``hosts`` (None keeps it as it is). Raises DeviceError for an empty name,
-        and for a target that is reached in another way than by ssh or on this machine."""
+        """The same target reached by ssh at ``hosts``, or its page served on that address (None keeps it as it is).
+        Raises DeviceError for an empty name, and for a target that is reached in no such way."""
         if hosts is None:
             return self
         if not all(host.strip() for host in hosts.split(",")):
             raise DeviceError(f"--on {hosts!r}: expected HOST or HOST,HOST")
+        if self.device == "browser":
+            return dataclasses.replace(self, host=hosts)
         if self.device not in ("local", "ssh"):
             raise DeviceError(
                 f"target {self.name}: --on names ssh hosts; its device is {self.device!r}, leave --on out"
@@ -176,7 +184,7 @@ def read_target(path: Path) -> Target:
     if target.name != path.stem:
         raise DeviceError(f"{source.at('name')}: name is {target.name!r}; expected {path.stem!r}, the name of the file")
     if target.device == "local":
-        for key in ("host", "user", "port", "ssh_options", "ssh_config"):
+        for key in ("host", "user", "port", "ssh_options", "ssh_config", "certificate", "key"):
             if getattr(target, key):
                 raise DeviceError(f'{source.at(key)}: {key!r} is for other machines; expected device = "ssh" with it')
     return target.with_threads(target.runtime.threads)

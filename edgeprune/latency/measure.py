@@ -39,7 +39,7 @@ REFERENCE = Kernel(
     tail=("Relu",),
 )
 SMALL_REFERENCE = replace(REFERENCE, inputs=((1, 16, 32, 32),), output=(1, 16, 32, 32))
-SMALL_US = 50.0
+SMALL_US = 50.0  # of a clock that counts microseconds
 LEAST_RUNS = 12
 OVERHEAD_KERNELS = 24
 OVERHEAD_SHAPE = (1, 16, 16, 16)
@@ -138,12 +138,14 @@ class _Told:
     """What the profiler told about one kind of run: ``runs`` (runs, nodes) microseconds, ``owners`` (nodes,) kernels.
     ``disturbed``: most runs were interrupted. An interruption takes milliseconds and can fall on one kernel more often
     than not, so the lower quartile stands for the median then, in the reference kernel too. ``whole``: (runs, 2)
-    seconds of a run without the profiler, and whether it was interrupted."""
+    seconds of a run without the profiler, and whether it was interrupted. ``clock_us``: steps of the profiler's
+    clock."""
 
     runs: np.ndarray
     owners: list[int]
     disturbed: bool
     whole: np.ndarray
+    clock_us: float
 
     def summary(self, index: int, kernel: Kernel) -> _Summary:
         """Raises KernelsFailedError when a kernel has no node of its own in the profile."""
@@ -156,9 +158,9 @@ class _Told:
         low, middle, high = (float(v) for v in np.quantile(us, (0.25, 0.5, 0.75)))
         if self.disturbed:
             middle, high = low, min(high, 2 * middle - low)
-        elif middle < SMALL_US:
+        elif middle < SMALL_US * self.clock_us:
             middle = _trimmed_mean(us)
-        half_width = 1.57 * max(high - low, 0.5) / math.sqrt(len(us))
+        half_width = 1.57 * max(high - low, 0.5 * self.clock_us) / math.sqrt(len(us))
         return _Summary(middle / 1e3, len(mine), half_width / middle, len(us))
 
 
@@ -186,12 +188,14 @@ def _run(
         raise KernelsFailedError(f"target {device.target.name}: {result.error}")
     nodes = [(str(name), str(op)) for name, op in result.fields["nodes"]]
     owners = _owners(nodes)
+    clock_us = max(1.0, float(result.fields.get("clock_us", 1.0)))
     kinds = []
     for blob, flags, whole in zip(result.blobs, result.fields["interrupted"], result.fields["whole"], strict=True):
         runs = np.frombuffer(blob, np.int32).reshape(-1, len(nodes)).astype(np.float64)
         interrupted = np.array(flags, bool)
         disturbed = 2 * np.count_nonzero(~interrupted) < LEAST_RUNS
-        kinds.append(_Told(_undisturbed(runs, interrupted), owners, bool(disturbed), np.array(whole, np.float64)))
+        good, plain = _undisturbed(runs, interrupted), np.array(whole, np.float64)
+        kinds.append(_Told(good, owners, bool(disturbed), plain, clock_us))
     return kinds
 
 

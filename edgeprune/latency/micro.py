@@ -152,7 +152,7 @@ class _Writer:
             return self.constant(values, np.float32)
         name = f"{self.prefix}w{len(self.weights)}"
         tensor = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=dims, data_location=TensorProto.EXTERNAL)
-        tensor.external_data.add(key="location", value="made-on-the-device")
+        tensor.external_data.add(key="location", value=name)
         self.constants.append(tensor)
         self.weights.append([name, list(dims), scale])
         return name

@@ -58,8 +58,9 @@ class Pricing:
     """Use as a context manager. ``start`` with the original before timing anything else whole."""
 
     def __init__(self, target: Target, progress: Callback):
-        self.target, self.progress, self.tally = target, progress, Tally()
+        self.target, self.tally = target, Tally()
         self.device = connect(target, lambda text: progress(0.0, 0.0, text))
+        self.progress = _both(progress, self.device.show)
         try:
             self.table = open_table(self.device.fingerprint)
             self.fusion = device_fusion(self.device)
@@ -221,6 +222,14 @@ class Pricing:
             for combination in itertools.product(*counts):
                 rows[span.at(combination)] = None
         return list(rows)
+
+
+def _both(first: Callback, second: Callback) -> Callback:
+    def both(done: float, total: float, what: str) -> None:
+        first(done, total, what)
+        second(done, total, what)
+
+    return both
 
 
 def _key(anatomy: Anatomy) -> str:
