@@ -7,7 +7,7 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import Self, TypeVar
+from typing import TypeVar
 
 from edgeprune.device.device import AgentStartError, Device, DeviceLostError, Fingerprint, Job, Result, Say, silent
 from edgeprune.errors import DeviceError
@@ -15,7 +15,7 @@ from edgeprune.errors import DeviceError
 T = TypeVar("T")
 
 
-class PoolDevice:
+class PoolDevice(Device):
     """``devices`` by the name of their host; closing the pool closes them."""
 
     def __init__(self, devices: dict[str, Device], say: Say = silent):
@@ -25,12 +25,6 @@ class PoolDevice:
         self._fingerprint: Fingerprint | None = None
         self._all = list(devices.values())
         self._why: DeviceError | None = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def close(self) -> None:
         for device in self._all:

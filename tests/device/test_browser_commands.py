@@ -58,7 +58,7 @@ def home(tmp_path_factory):
     runtime_files(folder)
     (folder / "targets").mkdir()
     (folder / "targets" / "quick.toml").write_text(QUICK.format(patience=60))
-    (folder / "targets" / "hasty.toml").write_text(QUICK.format(patience=1))
+    (folder / "targets" / "hasty.toml").write_text(QUICK.format(patience=25))
     torch.manual_seed(0)
     net = Net().eval()
     torch.export.save(torch.export.export(net, (torch.randn(1, 3, 32, 32),)), folder / "net.pt2")
