@@ -35,18 +35,25 @@ STOPPED = (128 + 1, 128 + 15)  # hung up, terminated: somebody ends processes th
 FIXED = ("BatchMode=yes", "ClearAllForwardings=yes", "RemoteCommand=none", "PermitLocalCommand=no", "RequestTTY=no")
 DEFAULTS = ("ConnectTimeout=10", "ServerAliveInterval=5", "ServerAliveCountMax=3")
 
-# what ssh says -> (whether waiting may help a machine that answered before, what it means)
+
+class NoAnswerError(LinkLostError):
+    """There was no link to lose."""
+
+
+# what ssh says -> (the kind of error, what it means)
 MEANINGS = (
-    (r"booting up|going down", True, "it is starting or stopping"),
-    (r"IDENTIFICATION HAS CHANGED", False, "its host key is not the known one; if the machine was set up anew, forget "
-     "the old one with `ssh-keygen -R {name}` and check the new one with `{ssh}`"),
-    (r"[Hh]ost key verification failed|No .* host key is known", False,
+    (r"booting up|going down", LinkLostError, "it is starting or stopping"),
+    (r"IDENTIFICATION HAS CHANGED", DeviceError,
+     "its host key is not the known one; if the machine was set up anew, forget the old one with "
+     "`ssh-keygen -R {name}` and check the new one with `{ssh}`"),
+    (r"[Hh]ost key verification failed|No .* host key is known", DeviceError,
      "its host key is not known here; check it by hand once: `{ssh}`"),
-    (r"Permission denied|Too many authentication failures", False,
+    (r"Permission denied|Too many authentication failures", DeviceError,
      "it does not let us in without a password; give it your key with `ssh-copy-id {copy}`"),
-    (r"[Bb]ad (configuration|owner)|Can't open user config|[Uu]nsupported option|keyword .* extra arguments", False,
-     "ssh refuses its configuration"),
-    (r"Could not resolve|Name or service not known", True, "no machine of that name is found"),
+    (r"[Bb]ad (configuration|owner)|Can't open user config|[Uu]nsupported option|keyword .* extra arguments",
+     DeviceError, "ssh refuses its configuration"),
+    (r"Could not resolve|Name or service not known", NoAnswerError, "no machine of that name is found"),
+    (r"connect to (host|address)", NoAnswerError, "it cannot be reached"),
 )  # fmt: skip
 
 
@@ -131,14 +138,15 @@ class SshDevice(PipeDevice):
 
     def _ready(self, limit_s: float) -> None:
         pauses = itertools.chain(PAUSES_S, itertools.repeat(PAUSES_S[-1]))
-        since = time.monotonic()
+        since, tried = time.monotonic(), 0
         while True:
             try:
                 return super()._ready(limit_s)
             except LinkLostError as error:
                 self._hang_up()
                 left_s = since + WAIT_LIMIT_S - time.monotonic()
-                if self._fingerprint is None or left_s <= 0:
+                tried += 1
+                if left_s <= 0 or (self._fingerprint is None and (isinstance(error, NoAnswerError) or tried == 3)):
                     waited = f" for {time.monotonic() - since:.0f} s" if self._fingerprint else ""
                     raise DeviceError(
                         f"{error}{waited and '; no answer' + waited}; try `{self._by_hand()}`, then give the same "
@@ -203,11 +211,10 @@ class SshDevice(PipeDevice):
             return super()._verdict(where, error, code)
         said = [" ".join(line.split()) for line in self._said if line.strip()]
         last = next((f" ({line[:300]})" for line in reversed(said) if not line.startswith("Host key verif")), "")
-        for pattern, passes, meaning in MEANINGS:
+        for pattern, kind, meaning in MEANINGS if where == self.where else ():  # in a job there was a link
             if re.search(pattern, "\n".join(said)):
                 copy = f"{'-p ' + str(self.address.port) + ' ' if self.address.port else ''}"
                 copy += f"{self.address.user + '@' if self.address.user else ''}{host}"
                 text = meaning.format(name=self.address.known_as, ssh=self._by_hand(), copy=copy)
-                kind = LinkLostError if passes else DeviceError
                 return kind(f"{where}: {text}{last}")
         return LinkLostError(f"{where}: the link is lost{last}")
