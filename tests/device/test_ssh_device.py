@@ -161,5 +161,5 @@ def test_hosts_can_be_named_for_any_target(monkeypatch, tmp_path):
     assert (target.device, target.host, target.runtime.threads) == ("ssh", "pi@nano", 64)
     with pytest.raises(DeviceError, match="expected HOST or HOST,HOST"):
         find_target("cpu", on="nano,")
-    with pytest.raises(DeviceError, match="its device is 'browser'"):
-        Target("x", device="browser").on("nano")
+    with pytest.raises(DeviceError, match="its device is 'pigeon'"):
+        Target("x", device="pigeon").on("nano")
