@@ -42,7 +42,8 @@ from edgeprune.prune.judge import Judge as OutputJudge
 from edgeprune.prune.program import Program
 
 MARGIN = 0.05  # a triple must be faster than its convolution by this share
-GAIN = 0.02  # and the whole plan hurt less by this share
+HELD = 0.5  # of what the table says they save together, timed whole
+GAIN = 0.02  # the share by which the whole plan must hurt less
 NOISE = 1e-6  # damage below it is none
 RANKS = 8  # of each side
 TRIED = 4  # offers of a layer whose damage is measured
@@ -139,7 +140,8 @@ def begin(
         network = insert(start, {c.factoring.layer: c.triple for c in chosen})
         network = judge_of(network).repair(State(network))
         measured_ms = clock(network)
-        if measured_ms >= start_ms * (1 - GAIN):
+        foretold_ms = correction * sum(c.saved_ms for c in chosen)
+        if measured_ms > start_ms - HELD * foretold_ms:
             why = f"{len(chosen)} layers factored take {100 * measured_ms / start_ms:.1f}% of the time, timed whole"
         else:
             view = dissect(network, prices.fusion)
