@@ -50,7 +50,7 @@ def runtime_files(home: Path) -> None:
 class Browser:
     """One Chromium; ``kill`` ends it at once, as a crash does."""
 
-    def __init__(self) -> None:
+    def __init__(self, *more: str) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
@@ -61,7 +61,7 @@ class Browser:
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
-        options = {"binary": BROWSER, "args": [*ARGUMENTS, f"--user-data-dir={self.profile}"]}
+        options = {"binary": BROWSER, "args": [*ARGUMENTS, *more, f"--user-data-dir={self.profile}"]}
         wanted = {"capabilities": {"alwaysMatch": {"goog:chromeOptions": options, "acceptInsecureCerts": True}}}
         deadline = time.monotonic() + 60
         while True:

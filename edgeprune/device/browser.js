@@ -307,7 +307,7 @@ async function run(job, blobs) {
 const JOBS = { kernels: measureKernels, networks: measureNetworks, run };
 
 // Who we are. Browsers tell little: no processor's name, and memory and system only in some.
-async function hello(threads) {
+async function hello(threads, gpu) {
   const wanted = ["architecture", "bitness", "model", "platform", "platformVersion", "fullVersionList"];
   const told = (await navigator.userAgentData?.getHighEntropyValues?.(wanted)) ?? {};
   const brands = (told.fullVersionList ?? []).filter((one) => !/not.?a.?brand/i.test(one.brand));
@@ -318,6 +318,7 @@ async function hello(threads) {
     platform: told.platform ? `${told.platform} ${told.platformVersion}`.trim() : navigator.platform ?? "",
     arch: told.architecture ? `${told.architecture} ${told.bitness}` : "",
     model: told.model ?? "",
+    gpu,
     cores: navigator.hardwareConcurrency ?? 0,
     memory_gb: navigator.deviceMemory ?? 0,
     runtime_version: ort.env.versions.web,
@@ -328,19 +329,28 @@ async function hello(threads) {
   };
 }
 
+// What WebGPU would run on, as far as it is told.
+async function graphics() {
+  const adapter = await navigator.gpu?.requestAdapter();
+  if (!adapter) {
+    throw new Error("this browser offers no WebGPU here; use --target web-wasm, or a browser that has it");
+  }
+  const { vendor, architecture, device, description, isFallbackAdapter } = adapter.info;
+  const names = [vendor, architecture, device, description, isFallbackAdapter ? "(software)" : ""];
+  return names.filter(Boolean).join(" ") || "an unnamed GPU";
+}
+
 async function start(message) {
   provider = message.provider;
   if (message.threads > 1 && !self.crossOriginIsolated) {
     throw new Error(`${message.threads} threads need a page opened by https or as localhost; ask for one thread`);
   }
-  if (provider === "webgpu" && !(await navigator.gpu?.requestAdapter())) {
-    throw new Error("this browser offers no WebGPU here; use --target web-wasm, or a browser that has it");
-  }
+  const gpu = provider === "webgpu" ? await graphics() : "";
   ort = await import(`${message.base}ort/${provider === "webgpu" ? "ort.webgpu.min.mjs" : "ort.wasm.min.mjs"}`);
   ort.env.wasm.wasmPaths = `${message.base}ort/`;
   ort.env.wasm.numThreads = message.threads;
   ort.env.logLevel = "error";
-  return hello(message.threads);
+  return hello(message.threads, gpu);
 }
 
 const words = (error) => `${error?.name ?? "Error"}: ${String(error?.message ?? error).replace(/\s+/g, " ").slice(0, 500)}`;

@@ -198,7 +198,7 @@ class BrowserDevice(Device):
         def text(name: str) -> str:
             return str(hello.get(name) or "")
 
-        parts = [text("model"), text("browser") or text("agent"), f"{hello.get('cores')} cores"]
+        parts = [text("model"), text("browser") or text("agent"), f"{hello.get('cores')} cores", text("gpu")]
         if hello.get("memory_gb"):
             parts.append(f"{hello['memory_gb']} GB")
         return Fingerprint(

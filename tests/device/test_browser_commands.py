@@ -44,9 +44,9 @@ block = 0
 class Net(nn.Module):
     def __init__(self):
         super().__init__()
-        self.first = nn.Conv2d(3, 12, 3, padding=1)
-        self.second = nn.Conv2d(12, 12, 3, padding=1)
-        self.head = nn.Linear(12, 4)
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.second = nn.Conv2d(8, 8, 3, padding=1)
+        self.head = nn.Linear(8, 4)
 
     def forward(self, x):
         return self.head(torch.relu(self.second(torch.relu(self.first(x)))).mean((2, 3)))
@@ -61,7 +61,7 @@ def home(tmp_path_factory):
     (folder / "targets" / "hasty.toml").write_text(QUICK.format(patience=25))
     torch.manual_seed(0)
     net = Net().eval()
-    torch.export.save(torch.export.export(net, (torch.randn(1, 3, 32, 32),)), folder / "net.pt2")
+    torch.export.save(torch.export.export(net, (torch.randn(1, 3, 48, 48),)), folder / "net.pt2")
     return folder
 
 
@@ -100,10 +100,10 @@ def browser():
     opened.kill()
 
 
-def rows(home: Path) -> Counter:
-    """Keys in the tables."""
+def rows(home: Path, target: str) -> Counter:
+    """Keys in the target's tables."""
     found: Counter = Counter()
-    for path in (home / "profiles").rglob("*.jsonl"):
+    for path in (home / "profiles" / target).glob("*.jsonl"):
         for line in path.read_text().splitlines():
             document = json.loads(line)
             if document.get("kind") == "kernel":
@@ -112,9 +112,9 @@ def rows(home: Path) -> Counter:
     return found
 
 
-def wait_for_rows(home: Path, more_than: int) -> int:
+def wait_for_rows(home: Path, target: str, more_than: int) -> int:
     deadline = time.monotonic() + 90
-    while (count := sum(rows(home).values())) <= more_than:
+    while (count := sum(rows(home, target).values())) <= more_than:
         assert time.monotonic() < deadline, "no row came"
         time.sleep(0.05)
     return count
@@ -126,13 +126,13 @@ def test_profile_with_reloads_then_measure_then_compress(home, browser):
     browser.open(profile.url)
     had = 0
     for _ in range(2):
-        had = wait_for_rows(home, had)
+        had = wait_for_rows(home, "quick", had)
         assert profile.process.poll() is None
         browser.reload()
     code, document = profile.end()
     assert code == 0, profile.log.read_text()
     browser.wait("state", "Finished")
-    found = rows(home)
+    found = rows(home, "quick")
     assert set(found.values()) == {1}
     assert document["measured"] == len(found)
 
@@ -149,7 +149,7 @@ def test_profile_with_reloads_then_measure_then_compress(home, browser):
         "--target",
         "quick",
         "--latency",
-        "70%",
+        "80%",
         "--minutes",
         "0",
         "--out",
@@ -158,7 +158,7 @@ def test_profile_with_reloads_then_measure_then_compress(home, browser):
     browser.open(compress.url)
     code, document = compress.end()
     assert code in (0, 9), compress.log.read_text()  # a busy machine may say that it missed
-    assert set(rows(home).values()) == {1}
+    assert set(rows(home, "quick").values()) == {1}
     assert (out / "model.onnx").stat().st_size < (out / "original.onnx").stat().st_size
 
     measure = Command(
@@ -175,25 +175,26 @@ def test_profile_with_reloads_then_measure_then_compress(home, browser):
 def test_a_killed_browser_ends_the_command_and_the_same_one_goes_on(home, browser):
     first = Command(home, "profile", "--target", "hasty", "--model", str(home / "net.pt2"))
     browser.open(first.url)
-    before = sum(rows(home).values())
-    had = wait_for_rows(home, before)
+    wait_for_rows(home, "hasty", 0)
     browser.kill()
-    code, document = first.end(60)
+    code, document = first.end(90)
     assert code == 6
     assert "no page answered" in document["message"]
     assert "same command" in document["message"]
     assert "does not answer; open http://" in first.log.read_text()
-    had = sum(rows(home).values())
+    had = rows(home, "hasty")
     second = Command(home, "profile", "--target", "hasty", "--model", str(home / "net.pt2"))
     other = Browser()
     try:
         other.open(second.url)
-        code, document = second.end()
+        wait_for_rows(home, "hasty", len(had))
     finally:
         other.kill()
-    assert code == 0
-    assert document["rows"] == had - before + document["measured"]
-    assert document["measured"] > 0
+        os.killpg(second.process.pid, signal.SIGKILL)
+        second.process.communicate()
+    found = rows(home, "hasty")
+    assert set(found) > set(had)
+    assert set(found.values()) == {1}
 
 
 def test_without_the_files_the_command_is_named(tmp_path, capsys, monkeypatch):

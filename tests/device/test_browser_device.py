@@ -113,6 +113,7 @@ def test_a_convolution_ten_times_as_large_takes_longer(device):
     assert small.hot_ref_ms > small.small_ref_ms > 0
 
 
+@pytest.mark.slow
 def test_the_profiler_costs_little_and_is_told(device):
     row = measure_overhead(device)
     assert 0 <= row.hot_ms < row.ref_ms
@@ -190,6 +191,7 @@ def test_what_was_measured_while_hidden_is_measured_again(browser, device):
     assert browser.script("return window.begun") == 2
 
 
+@pytest.mark.slow
 def test_a_second_page_takes_over_and_the_first_says_so(browser, device):
     first = browser.command("/window", method="GET")
     second = browser.command("/window/new", {"type": "tab"})["handle"]
@@ -209,6 +211,7 @@ def test_a_wrong_address_shows_nothing(browser, device):
     browser.wait("state", "Waiting")
 
 
+@pytest.mark.slow
 def test_more_threads_than_one(browser, home):
     with connect(find_target("web-wasm", threads=2)) as device:
         browser.open(device.url)
@@ -217,6 +220,7 @@ def test_more_threads_than_one(browser, home):
     browser.wait("state", "Finished")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("openssl"), reason="needs openssl to make a certificate")
 def test_by_https_the_page_is_isolated_too(browser, tmp_path, home):
     pem = tmp_path / "page.pem"
@@ -233,6 +237,32 @@ def test_by_https_the_page_is_isolated_too(browser, tmp_path, home):
         assert device._clock_us <= 20
 
 
+@pytest.mark.slow
+def test_webgpu_computes_the_same_on_a_software_adapter(home):
+    """Its times mean nothing there, so only outputs are compared."""
+    opened = Browser(
+        "--enable-unsafe-webgpu",
+        "--use-webgpu-adapter=swiftshader",
+        "--use-angle=swiftshader",
+        "--ignore-gpu-blocklist",
+    )
+    try:
+        with connect(find_target("web-webgpu")) as device:
+            opened.open(device.url)
+            try:
+                machine = device.fingerprint.machine
+            except DeviceError as error:
+                pytest.skip(f"no WebGPU in this Chromium: {error}")
+            assert machine.split(", ")[2]  # names the adapter
+            x = np.random.default_rng(2).normal(size=(1, 3, 16, 16)).astype(np.float32)
+            model = network(8, 16)
+            (expected,) = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"]).run(None, {"x": x})
+            np.testing.assert_allclose(outputs(device, model, x), expected, rtol=1e-3, atol=1e-3)
+    finally:
+        opened.kill()
+
+
+@pytest.mark.slow
 def test_webgpu_without_a_gpu_is_told(browser, home):
     with connect(find_target("web-webgpu")) as device:
         browser.open(device.url)
