@@ -282,7 +282,7 @@ def _shrunk(
             )  # fmt: skip
             if job.folder:
                 workdir.store_blocks(job.folder, key, removed)
-        state = without_blocks(start, removed, judge_of(start, {}))
+        state = without_blocks(state, removed, judge_of(start, {}))
         start_ms = pricing.clock(state.network) if removed else start_ms
     return search_and_shrink(
         state, base, pricing.original_ms, start_ms, budget_ms, pricing, learner.function, data, job.recovery,

@@ -28,12 +28,14 @@ from edgeprune.pipeline.shrink import Judgement, Prices, Shrunk, predicted_ms, p
 from edgeprune.pipeline.spans import Anatomy, dissect
 from edgeprune.plan.exact import evaluate
 from edgeprune.plan.problem import Plan, Planner, Ranking, Recipe
+from edgeprune.prune.program import Program, divergence, outputs
 from edgeprune.train.config import History, Progress, TrainConfig
 from edgeprune.train.dataset import DataSet
 from edgeprune.train.learner import Learner, Lesson, Price
 
 SEARCH_SHARE = 0.5  # of the training time, at most
 LEAST_RECOVERY = 0.1
+COMPARED = 256  # images that say whether a search left better weights than it found
 
 
 class Judging(Protocol):
@@ -62,12 +64,22 @@ def blocks_first(
     return tuple(name for name in shrunk.recipe.removed if name in known)
 
 
-def without_blocks(start: Network, removed: Sequence[str], judging: Judging) -> State:
-    """``start`` with blocks taken out and repaired."""
+def without_blocks(start: State, removed: Sequence[str], judging: Judging) -> State:
+    """``start`` with blocks taken out and repaired by ``judging``, which is of ``start.network``."""
     if not removed:
-        return State(start)
-    state = advance(State(start), Plan({}, tuple(removed)), {})
-    return replace(state, network=judging.repair(state))
+        return start
+    state = advance(State(start.network), Plan({}, tuple(removed)), {})
+    recipe = Recipe((*start.recipe.steps, *state.recipe.steps))
+    return State(judging.repair(state), recipe)
+
+
+def closer(rewound: Network, trained: Network, original: Network, data: DataSet) -> bool:
+    """Whether ``rewound`` answers more like the original than ``trained``. A short training does not make up for what
+    its own penalty disturbed."""
+    batches = [(x,) for x, _ in data.batches(64, shuffle_seed=1, limit=COMPARED)]
+    expected = outputs(Program(original), batches)
+    first, second = (divergence(outputs(Program(net), batches), expected) for net in (rewound, trained))
+    return first < second
 
 
 def search_and_shrink(
@@ -117,9 +129,17 @@ def search_and_shrink(
             planner, removes_blocks, start_ms, rounds=1,
         )  # fmt: skip
     else:
-        usual = judge_of(learned.network, learned.scores)
+        rewound = without_blocks(start, learned.removed, judge_of(start.network, {}))
+        if learned.removed and closer(rewound.network, learned.network, original, data):
+            start, start_ms = rewound, clock(rewound.network)
+            learned.history.notes.append(
+                "the weights are those from before the search: they are closer to the original"
+            )
+        else:
+            start = replace(start, network=learned.network)
+        usual = judge_of(start.network, learned.scores)
         shrunk = shrink(
-            learned.network, original_ms, budget_ms, prices, usual.judge, usual.repair, clock, progress, planner,
+            start.network, original_ms, budget_ms, prices, usual.judge, usual.repair, clock, progress, planner,
             removes_blocks, start_ms,
         )  # fmt: skip
     learned.history.notes.extend(_left_behind(shrunk.network, data))

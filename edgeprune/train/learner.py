@@ -56,6 +56,7 @@ class Learned:
     history:      of the training
     scores:       where nothing is ranked: group name -> (units,) importance, by which the units of a group are ordered
                   when the network is judged as any other
+    removed:      where nothing is ranked: the blocks that were given up
     """
 
     network: Network
@@ -63,6 +64,7 @@ class Learned:
     block_damage: Mapping[str, float]
     history: History = field(default_factory=History)
     scores: Mapping[str, np.ndarray] = field(default_factory=dict)
+    removed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

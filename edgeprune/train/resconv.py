@@ -180,7 +180,7 @@ def resconv(lesson: Lesson) -> Learned:
         f"resconv: {len(hook.dead)} of {len(hook.factors)} factors came to zero, predicted "
         f"{lesson.latency_ms({}, hook.removed()):.4g} ms without their layers, {lesson.budget_ms:.4g} ms asked"
     )
-    return Learned(absorb_factors(unmix(student, network)), {}, {}, history)
+    return Learned(absorb_factors(unmix(student, network)), {}, {}, history, removed=hook.removed())
 
 
 def _scale(leaf: Any) -> Tensor:
