@@ -121,6 +121,18 @@ function disturbed(times) {
   return times.map((taken) => taken > limit);
 }
 
+// The same for runs of several nodes, against the fastest of each node: on a busy device no run may be quiet as a whole.
+function disturbedRuns(micros, nodes, step) {
+  const best = micros.slice(0, nodes);
+  for (let i = 0; i < micros.length; i += 1) best[i % nodes] = Math.min(best[i % nodes], micros[i]);
+  const limit = best.reduce((sum, each) => sum + DISTURBED * each + step, 0);
+  const flags = [];
+  for (let i = 0; i < micros.length; i += nodes) {
+    flags.push(micros.subarray(i, i + nodes).reduce((a, b) => a + b, 0) > limit);
+  }
+  return flags;
+}
+
 const quiet = (times) => times.length - disturbed(times).filter(Boolean).length;
 
 // Runs until the time is over, half of `least` were quiet (on a busy device three times as long is waited for those),
@@ -165,7 +177,6 @@ async function measureKernels(job, blobs) {
     const warm = (await spend(profiled, feeds, job.warmup_ms, 3)).length;
     const counts = [];
     const firsts = [];
-    const flags = [];
     const whole = [];
     for (const megabytes of job.evict_mb) {
       const part = filler.subarray(0, Math.floor(megabytes * 250000));
@@ -181,7 +192,6 @@ async function measureKernels(job, blobs) {
       }, job);
       counts.push(times.length);
       firsts.push(first);
-      flags.push(disturbed(times.slice(first)));
       const alone = plain.slice(first);
       const odd = disturbed(alone);
       whole.push(alone.map((taken, i) => [taken / 1e3, Number(odd[i])]));
@@ -197,10 +207,13 @@ async function measureKernels(job, blobs) {
       throw new Error(`${events.length} profile events are not ${runs} runs of ${nodes.length} nodes`);
     }
     const results = [];
+    const flags = [];
     let start = warm;
     counts.forEach((count, at) => {
       const kept = events.slice((start + firsts[at]) * nodes.length, (start + count) * nodes.length);
-      results.push(Int32Array.from(kept, (event) => event.dur).buffer);
+      const micros = Int32Array.from(kept, (event) => event.dur);
+      flags.push(disturbedRuns(micros, nodes.length, 1e3 * step));
+      results.push(micros.buffer);
       start += count;
     });
     const fields = {

@@ -107,7 +107,7 @@ def test_a_convolution_ten_times_as_large_takes_longer(device):
     small, large, plain = measure_batch(
         device, [wide(16), wide(160), Kernel("Relu", (), ((1, 16, 28, 28),), (1, 16, 28, 28))]
     )
-    assert 4 < large.hot_ms / small.hot_ms < 25
+    assert 3 < large.hot_ms / small.hot_ms < 40
     assert 0 < plain.hot_ms < small.hot_ms
     assert (small.nodes, large.nodes) == (1, 1)
     assert small.hot_ref_ms > small.small_ref_ms > 0
@@ -117,6 +117,11 @@ def test_a_convolution_ten_times_as_large_takes_longer(device):
 def test_the_profiler_costs_little_and_is_told(device):
     row = measure_overhead(device)
     assert 0 <= row.hot_ms < row.ref_ms
+
+
+def test_a_pad_of_nothing_costs_nothing(device):
+    (row,) = measure_batch(device, [Kernel("Pad", (("mode", "constant"),), ((1, 8, 8, 8),), (1, 8, 8, 8))])
+    assert (row.hot_ms, row.error) == (0.0, "")
 
 
 def test_networks_are_timed_against_each_other(device):
