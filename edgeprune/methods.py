@@ -20,6 +20,7 @@ from edgeprune.prune.select.fp import fp_backward, fp_backward_out, fp_omp, fp_o
 from edgeprune.prune.select.magnitude import magnitude, magnitude_in
 from edgeprune.prune.select.taylor import taylor
 from edgeprune.prune.select.thinet import thinet, thinet_omp
+from edgeprune.train.adaptive import ADAPTIVE
 from edgeprune.train.aofp import aofp
 from edgeprune.train.learner import Learner
 from edgeprune.train.resconv import RESCONV
@@ -106,6 +107,10 @@ LEARNERS: dict[str, Method[Learner]] = {
     "ucp": Method(
         Learner(ucp), "training", "channels", 10.0,
         "the channels that gates, trained in front of their readers, let through", "Chang et al. 2020",
+    ),
+    "adaptive": Method(
+        ADAPTIVE, "training", "widths and blocks", 10.0,
+        "channels and layers taken out as their scales come to zero, one penalty for all", "Liu et al. 2017",
     ),
 }  # fmt: skip
 

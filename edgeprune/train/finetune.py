@@ -265,11 +265,13 @@ class _Run:
     def _finish(self) -> None:
         if self.average is not None:
             self.student.load_state_dict(self.average)
+        self.hooks.finish()
         self._evaluate()
         self.history.selected_step = self.schedule.step
         if self.best is not None and self.best[1] != self.schedule.step:
             self.history.selected_step = self.best[1]
             self.student.load_state_dict(self.best[2])
+            self.hooks.finish()
         self.history.steps = self.schedule.step
         self.history.epochs = self.schedule.step / self.feed.per_epoch
         self.history.seconds = self.pace.elapsed()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -47,6 +48,10 @@ class Hook:
         """Whether the run ends with this step, before all steps are taken."""
         return False
 
+    def finish(self) -> None:
+        """The student has the weights that the run ends with, which may be an average over its steps or those of an
+        earlier one; without gradients. What must hold for them is made to."""
+
 
 class Hooks:
     """Several hooks as one, in order."""
@@ -85,6 +90,11 @@ class Hooks:
     def load(self, states: Sequence[dict[str, Any]]) -> None:
         for hook, state in zip(self.hooks, states, strict=True):
             hook.load(state)
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        for hook in self.hooks:
+            hook.finish()
 
     def done(self) -> bool:
         return any(hook.done() for hook in self.hooks)

@@ -87,9 +87,9 @@ class LayerFactors(Hook):
         leaves: list[Any] = [module.get_submodule(f.leaf) for f in self.factors if f.leaf is not None]
         self.leaves = [leaf for leaf in leaves if leaf.weight is not None]
         full_ms = latency_ms({}, ())
-        saved = [max(full_ms - latency_ms({}, (f.block,)), 0.0) for f in self.factors]
-        mean = sum(saved) / max(len(saved), 1)
-        self.prices = [s / mean if mean > 0 else 1.0 for s in saved]  # of an average layer: 1
+        self.saved = [max(full_ms - latency_ms({}, (f.block,)), 0.0) for f in self.factors]
+        mean = sum(self.saved) / max(len(self.saved), 1)
+        self.prices = [s / mean if mean > 0 else 1.0 for s in self.saved]  # of an average layer: 1
         self.latency_ms = latency_ms
         removable_ms = full_ms - latency_ms({}, tuple(f.block for f in self.factors))
         way_ms = self.settings.part * max(full_ms - budget_ms, 0.0)
@@ -111,23 +111,38 @@ class LayerFactors(Hook):
         self.scales = [_scale(leaf).clone() for leaf in self.leaves]
 
     def after_step(self, step: int, x: Tensor) -> None:
-        for leaf, scale in zip(self.leaves, self.scales, strict=True):
-            leaf.weight.copy_(scale if scale.dim() else leaf.weight * (scale / _scale(leaf).clamp_min(TINY)))
+        self.hold()
+        if self.enough:
+            self.finish()
+        elif self.shrink(self._rate(step) * self.alpha(step)):
+            self.enough = self.predicted_ms() <= self.enough_ms
+
+    def finish(self) -> None:
+        for i in self.dead:
+            self.lams[i].zero_()
+
+    def hold(self) -> None:
+        """Undo what the optimiser did to get around the penalty."""
+        self.hold_leaves()
         for lam, m, floor in zip(self.lams, self.ms, self.floors, strict=True):
             if m is not None:
                 m.clamp_(min=floor)
                 lam.clamp_(0.0, 1.0)
-        if self.enough:
-            for i in self.dead:
-                self.lams[i].zero_()
-            return
-        pull = self._rate(step) * self.alpha(step)
+
+    def hold_leaves(self) -> None:
+        for leaf, scale in zip(self.leaves, self.scales, strict=True):
+            leaf.weight.copy_(scale if scale.dim() else leaf.weight * (scale / _scale(leaf).clamp_min(TINY)))
+
+    def shrink(self, pull: float) -> bool:
+        """The proximal step of the penalty, ``pull`` for what has a price of 1; whether others are at zero now."""
         for lam, price in zip(self.lams, self.prices, strict=True):
             lam.copy_(shrunk(lam, pull * price))
-        dead = [i for i, lam in enumerate(self.lams) if lam.item() == 0.0]
-        if dead != self.dead:
-            self.dead = dead
-            self.enough = self.latency_ms({}, self.removed()) <= self.enough_ms
+        before, self.dead = self.dead, [i for i, lam in enumerate(self.lams) if lam.item() == 0.0]
+        return self.dead != before
+
+    def predicted_ms(self) -> float:
+        """Without what is at zero."""
+        return self.latency_ms({}, self.removed())
 
     def state(self) -> dict[str, Any]:
         return {
@@ -164,23 +179,32 @@ def resconv(lesson: Lesson) -> Learned:
 
     Raises UnsupportedModelError when there is nothing that can be removed, and what ``finetune`` raises.
     """
-    data, config = lesson.data, lesson.config
-    network, teacher = instrument(lesson.network), lesson.teacher.copy()
-    inputs = [x for x, _ in data.batches(64, shuffle_seed=config.seed, limit=MEASURED)]
-    student = mix(network, carried(network, inputs))
-    hook = LayerFactors(network, student, lesson.latency_ms, lesson.budget_ms, config, loss_of_constant(lesson, inputs))
+    config = lesson.config
+    network, student, loss = with_factors(lesson)
+    hook = LayerFactors(network, student, lesson.latency_ms, lesson.budget_ms, config, loss)
     if not hook.factors:
         reasons = "; ".join(f"{path} {reason}" for path, reason in list(refusals(network).items())[:3])
         raise UnsupportedModelError(
             f"{lesson.network.origin}: no layer or branch of this network can be removed ({reasons}); "
             "`edgeprune compress` with another --method narrows its layers"
         )
-    history = finetune(student.module, teacher.module, data, config, lesson.checkpoint, lesson.progress, hooks=[hook])
+    history = finetune(
+        student.module, lesson.teacher.copy().module, lesson.data, config, lesson.checkpoint, lesson.progress,
+        hooks=[hook],
+    )  # fmt: skip
     history.notes.append(
         f"resconv: {len(hook.dead)} of {len(hook.factors)} factors came to zero, predicted "
-        f"{lesson.latency_ms({}, hook.removed()):.4g} ms without their layers, {lesson.budget_ms:.4g} ms asked"
+        f"{hook.predicted_ms():.4g} ms without their layers, {lesson.budget_ms:.4g} ms asked"
     )
     return Learned(absorb_factors(unmix(student, network)), {}, {}, history, removed=hook.removed())
+
+
+def with_factors(lesson: Lesson) -> tuple[Network, Network, float]:
+    """(the lesson's network with its factors; the same in the form in which they are learnt; the loss of a network that
+    always gives the same answer)."""
+    network = instrument(lesson.network)
+    inputs = [x for x, _ in lesson.data.batches(64, shuffle_seed=lesson.config.seed, limit=MEASURED)]
+    return network, mix(network, carried(network, inputs)), loss_of_constant(lesson, inputs)
 
 
 def _scale(leaf: Any) -> Tensor:

@@ -235,6 +235,20 @@ def test_scores_decide_which_channels_go(job, monkeypatch, tmp_path):
     assert result.network.module.get_submodule("one").weight.shape[0] == len(left["one"])
 
 
+def test_compress_with_layers_and_channels_learnt_together(job, monkeypatch, tmp_path):
+    monkeypatch.setenv("EDGEPRUNE_HOME", str(tmp_path / "home"))
+    try:
+        result = edgeprune.compress(**job, method="adaptive", epochs=12, out=tmp_path / "out")
+    except BudgetMissedError:
+        pytest.skip("this machine was too busy to measure")
+    (note,) = [n for n in result.report.notes if n.startswith("adaptive: ")]
+    assert "units of channels came to zero, predicted" in note
+    assert result.report.ratio[0] <= 0.62
+    assert result.report.method == "adaptive"
+    assert result.report.certificate < 1e-4
+    assert any(plan.keep or plan.removed for plan in result.recipe.steps)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
