@@ -250,7 +250,7 @@ def ucp(lesson: Lesson) -> Learned:
         hook.settle()
     hook.fold()
     scores = hook.scores()
-    means = np.concatenate([np.ones(1), *scores.values()])
+    means = np.concatenate([*scores.values()] or [np.ones(1)])
     history.notes.append(
         f"ucp: {len(hook.gated)} layers read through gates, mean gates of {len(scores)} groups from {means.min():.3g} "
         f"to {means.max():.3g}"

@@ -176,12 +176,23 @@ def test_what_was_trained_is_what_comes_out():
         patch.setattr("edgeprune.train.ucp.Gates", Kept)
         learned = ucp(lesson())
     torch.testing.assert_close(*ends, rtol=1e-4, atol=1e-5)
-    assert "ucp: 4 layers" in learned.history.notes[-1]
     assert not learned.rankings
     check(learned.network)
     scores = np.concatenate(list(learned.scores.values()))
     assert scores.shape == (16,)
     assert scores.std() > 1e-3
+    assert 0.6 < scores.mean() < 0.8  # the penalty has pulled them down to their share
+    note = f"ucp: 4 layers read through gates, mean gates of 2 groups from {scores.min():.3g} to {scores.max():.3g}"
+    assert learned.history.notes[-1] == note
+
+
+def test_a_run_that_became_too_short_ends_without_gates_too(monkeypatch):
+    """Under a time limit; the gates are measured where the training stopped."""
+    started = Gates.start
+    monkeypatch.setattr(Gates, "start", lambda self, steps: started(self, 10 * steps))
+    learned = ucp(lesson(steps=4))
+    assert learned.network.module.state_dict().keys() == network().module.state_dict().keys()
+    assert {name: s.shape for name, s in learned.scores.items()} == {"stem": (4,), "one": (12,)}
 
 
 def test_a_trunk_has_one_score_and_one_width():
