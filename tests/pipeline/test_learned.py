@@ -12,8 +12,9 @@ from edgeprune.errors import BudgetMissedError, UsageError
 from edgeprune.graph.channels import analyse
 from edgeprune.graph.lift import lift
 from edgeprune.graph.surgery import cut
-from edgeprune.methods import LEARNERS
-from edgeprune.pipeline.apply import State
+from edgeprune.methods import LEARNERS, SELECTORS
+from edgeprune.pipeline.apply import State, apply_recipe
+from edgeprune.pipeline.judging import Judge
 from edgeprune.pipeline.learned import after_search, pricing_of, search_and_shrink
 from edgeprune.pipeline.shrink import predicted_ms
 from edgeprune.pipeline.spans import dissect
@@ -263,16 +264,44 @@ def test_what_a_learner_needs_is_said_at_once(job, change, message):
 
 
 class Blocks(nn.Module):
-    def __init__(self):
+    def __init__(self, width=32):
         super().__init__()
-        self.stem, self.one, self.two = (nn.Conv2d(i, 32, 3, padding=1) for i in (3, 32, 32))
-        self.inner, self.head = nn.Conv2d(32, 32, 3, padding=1), nn.Linear(32, 3)
+        self.stem, self.one, self.two = (nn.Conv2d(i, width, 3, padding=1) for i in (3, width, width))
+        self.inner, self.head = nn.Conv2d(width, width, 3, padding=1), nn.Linear(width, 3)
 
     def forward(self, x):
         x = torch.relu(self.stem(x))
         x = torch.relu(x + self.one(x))
         x = torch.relu(x + self.inner(torch.relu(self.two(x))))
         return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("spoilt", [True, False])
+def test_after_a_search_the_weights_nearer_to_the_original_go_on(spoilt):
+    """Those from before it, without the layers that it gave up, or those that it left."""
+    torch.manual_seed(0)
+    original, prices = lift(Blocks(8).eval(), [(1, 3, 8, 8)]), Sizes()
+    trained = original.copy()
+    with torch.no_grad():
+        trained.module.get_submodule("stem").weight.mul_(-1 if spoilt else 0.99)
+    data = DataSet.from_arrays(np.random.default_rng(0).normal(size=(64, 3, 8, 8)).astype(np.float32))
+    full, originals = predicted_ms(dissect(original), prices), []
+    learner = Learner(lambda lesson: Learned(trained, {}, {}, History(), removed=("one",)))
+
+    def judge_of(network, scores):
+        originals.append(network)
+        return Judge(network, SELECTORS["cap"].function, [x for x, _ in data.batches(64)], lambda *_: None)
+
+    shrunk = search_and_shrink(
+        State(original), original, full, full, 0.8 * full, prices, learner, data, TrainConfig(epochs=4), None,
+        lambda net: predicted_ms(dissect(net), prices), lambda *_: None, exact, True, judge_of,
+    )  # fmt: skip
+    assert any("from before the search" in note for note in shrunk.learning.notes) == spoilt
+    assert ((shrunk.recipe.steps[0].removed, dict(shrunk.recipe.steps[0].keep)) == (("one",), {})) == spoilt
+    assert (originals[-1] is trained) != spoilt
+    assert shrunk.measured_ms <= 0.8 * full
+    form = {name: p.shape for name, p in apply_recipe(original, shrunk.recipe).module.named_parameters()}
+    assert {name: p.shape for name, p in shrunk.network.module.named_parameters()} == form
 
 
 def test_a_learner_of_widths_starts_without_blocks(job, monkeypatch, tmp_path):

@@ -47,6 +47,19 @@ def test_a_torn_file_is_ignored(tmp_path):
     assert workdir.recall(tmp_path, "key", original) is None
 
 
+def test_blocks_taken_out_before_a_search_are_kept(tmp_path):
+    assert workdir.recall_blocks(tmp_path, "key") is None
+    for removed in (("a", "b"), ()):  # none is an answer too
+        workdir.store_blocks(tmp_path, "key", removed)
+        assert workdir.recall_blocks(tmp_path, "key") == removed
+        assert workdir.recall_blocks(tmp_path, "other") is None
+    (tmp_path / workdir.BLOCKS).write_text("{")
+    assert workdir.recall_blocks(tmp_path, "key") is None
+    workdir.store_blocks(tmp_path, "key", ("a",))
+    workdir.forget(tmp_path)
+    assert workdir.recall_blocks(tmp_path, "key") is None
+
+
 def test_the_key_tells_apart_what_changes_the_result():
     keys = {
         workdir.digest(network(), {"budget": "60%"}, []),

@@ -109,7 +109,7 @@ def test_the_layer_that_is_not_needed_goes_and_no_other(monkeypatch):
     factors = {f.block: lam.item() for f, lam in zip(hook.factors, hook.lams, strict=True)}
     assert factors["idle"] == 0.0
     assert min(factors["first"], factors["last"]) > 0.3
-    assert hook.removed() == ("idle",)
+    assert hook.removed() == learned.removed == ("idle",)
     assert "1 of 3" in learned.history.notes[-1]
 
     assert [n.name for n in learned.network.module.graph.nodes] == [n.name for n in start.module.graph.nodes]
@@ -149,6 +149,14 @@ def test_a_budget_beyond_all_layers_leaves_half_of_them(monkeypatch):
     _, _, hook = learn(lifted(Branches), monkeypatch, 0.0)
     assert len(hook.removed()) == 2
     assert hook.enough
+
+
+def test_layers_bring_a_part_of_the_way_only(monkeypatch):
+    """4 ms are asked for; one layer brings 3, and the rest is left to narrower ones."""
+    _, _, hook = learn(lifted(Branches), monkeypatch, 6.0, lambda name: 3.0 if name == "convs.1" else 2.0)
+    assert hook.removed() == ("convs.1",)
+    assert hook.enough
+    assert hook.enough_ms == pytest.approx(10 - 0.6 * 4)
 
 
 @pytest.mark.parametrize("stop_at", [50, 110])
