@@ -18,7 +18,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -275,7 +275,7 @@ def _problem(
     """(what the planner would be asked now, the damage that was done before)."""
     judgement = judge.judge(State(network), anatomy, candidates)
     if not removes_blocks:
-        judgement = type(judgement)(judgement.rankings, {}, None, judgement.divergence)
+        judgement = replace(judgement, block_damage={})
     return problem_of(anatomy, candidates, prices, judgement), judgement.divergence
 
 
