@@ -58,7 +58,8 @@ def profile(
 ) -> Profile:
     """Measure what a target's table lacks: its stairs, and every kernel a plan of ``model`` may contain.
 
-    on: "HOST" or "HOST,HOST": the target is there, and reached by ssh
+    on: "HOST" or "HOST,HOST": the target is there, and reached by ssh; of a browser target the address to serve its
+        page on
 
     Raises DeviceError when the target is unknown or does not answer. Doing it again measures nothing.
     """
@@ -107,7 +108,8 @@ def compress(
     lowrank:     whether convolutions may become 1x1 -> KxK -> 1x1 where the table says that this is faster, and it
         hurts less than narrowing
     images:      calibration images
-    on:          "HOST" or "HOST,HOST": the target is there, and reached by ssh
+    on:          "HOST" or "HOST,HOST": the target is there, and reached by ssh; of a browser target the address to
+        serve its page on
     minutes, epochs: length of the recovery training (default: 10 minutes; 0 is none)
     out:         directory for the deliverables and for what lets the same call go on after an interruption
 

@@ -107,3 +107,5 @@ def test_a_wheel_finds_its_targets(tmp_path):
     )  # fmt: skip
     assert str(tmp_path / "site") in listed.stdout
     assert listed.stdout.startswith("cpu")
+    for name in ("browser.html", "browser.js"):
+        assert (tmp_path / "site" / "edgeprune" / "device" / name).is_file()
