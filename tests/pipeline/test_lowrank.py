@@ -147,6 +147,25 @@ def test_nothing_where_the_whole_network_gets_no_faster():
     assert prices.renewed
 
 
+def test_the_better_half_is_tried_where_the_whole_choice_gets_no_faster():
+    """Of two layers that are worth it, the one that hurts less for what it saves."""
+    network = planted("outputs")
+    parts = [network.module.get_submodule(name) for name in ("0", "2", "4", "6")]
+    worse = nn.Conv2d(8, 8, 3, padding=1)
+    with torch.no_grad():
+        worse.weight[3:] = torch.einsum("gk,k...->g...", torch.randn(5, 3), worse.weight[:3].clone())
+        worse.weight[3:] += 0.005 * torch.randn(5, 8, 3, 3)
+    layers = [parts[0], nn.ReLU(), parts[1], nn.ReLU(), worse, nn.ReLU(), parts[2], nn.Flatten(), parts[3]]
+    network = lift(nn.Sequential(*layers).eval(), [(1, 3, 8, 8)])
+    full = latency(network, Prices())
+
+    def clock(net):
+        return full if {"2_core", "4_core"} <= net.modules_called().keys() else latency(net, Prices())
+
+    assert {f.layer for f in begun(network, Prices()).factored} == {"2", "4"}
+    assert [f.layer for f in begun(network, Prices(), clock=clock).factored] == ["2"]
+
+
 @pytest.mark.parametrize("side", ["inputs", "outputs"])
 def test_the_rounds_go_on_with_an_ordinary_network(side, tmp_path):
     """Inner ranks are cut like any channels, the certificates hold, and the saved plan gives the same form."""
