@@ -80,9 +80,9 @@ def _within(
 
     grid = [tried(share) for share in GRID]
     found = [p for p in grid if p.ratio <= budget]
-    for before, after in itertools.pairwise(grid):
-        if before.ratio > budget >= after.ratio:
-            low, high = before.share, after.share
+    ends = [(0.0, 1.0), *((p.share, p.ratio) for p in grid)]  # nothing cut, nothing saved
+    for (low, slower), (high, faster) in itertools.pairwise(ends):
+        if slower > budget >= faster:
             for _ in range(STEPS):
                 middle = tried((low + high) / 2)
                 if middle.ratio <= budget:
