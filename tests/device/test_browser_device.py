@@ -152,6 +152,24 @@ def test_a_job_beyond_its_time_is_given_up_and_the_next_one_runs(device):
     assert outputs(device, network(4, 8), x).shape == (1, 10)
 
 
+def test_a_worker_that_cannot_be_loaded_answers_no_job(device):
+    files = device._server.files
+    assert device.fingerprint.threads == 1  # the page is there
+    held = files.pop("browser.js")
+    fields = {"weights": [[]], "warmup_ms": 1, "rounds": 10**6, "round_ms": 10, "seed": 0, "limit_s": 10**6}
+    try:
+        with pytest.raises(DeviceLostError):  # the page needs another worker now
+            device.run(Job("networks", fields, [network(4, 8)], timeout_s=1.0))
+        job = Job("run", {"inputs": [["x", "float32", [1, 3, 8, 8]]]}, [network(4, 8), bytes(4 * 3 * 64)])
+        thread, found = in_background(device, job)
+        time.sleep(3)
+        assert not found
+    finally:
+        files["browser.js"] = held
+    thread.join(60)
+    assert found[0].ok
+
+
 def long_job() -> Job:
     """About two seconds."""
     fields = {"weights": [[]], "warmup_ms": 1, "rounds": 20, "round_ms": 100, "seed": 0, "limit_s": 60}
