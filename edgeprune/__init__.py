@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 __all__ = [
-    "compress", "export", "inspect", "list_methods", "load", "measure", "nn", "profile", "rebuild", "redesign", "save",
-    "targets",
+    "check_table", "compress", "doctor", "export", "inspect", "list_methods", "load", "measure", "nn", "profile",
+    "rebuild", "redesign", "save", "targets",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
     from edgeprune import nn
     from edgeprune.api import (
+        check_table,
         compress,
+        doctor,
         export,
         inspect,
         list_methods,

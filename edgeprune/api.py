@@ -24,6 +24,7 @@ from edgeprune.graph.network import Network
 from edgeprune.pipeline import job as jobs
 from edgeprune.pipeline import workdir
 from edgeprune.pipeline.budget import parse_budget
+from edgeprune.pipeline.doctor import check_table, doctor
 from edgeprune.pipeline.inspection import Inspection
 from edgeprune.pipeline.pricing import Pricing
 from edgeprune.pipeline.redesign import Redesign, fresh, plan_for, train_wide, widened
@@ -39,8 +40,8 @@ from edgeprune.train.evaluate import evaluate
 from edgeprune.train.modules import place
 
 __all__ = [
-    "compress", "export", "fetch", "inspect", "list_methods", "load", "measure", "profile", "rebuild", "redesign",
-    "save", "targets",
+    "check_table", "compress", "doctor", "export", "fetch", "inspect", "list_methods", "load", "measure", "profile",
+    "rebuild", "redesign", "save", "targets",
 ]  # fmt: skip
 
 Model = nn.Module | Network | str | Path

@@ -1,4 +1,4 @@
-"""The command line: parse, one call into ``api``, print."""
+"""The command line: parse, one command, print."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import argparse
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-from edgeprune import __version__
-from edgeprune.errors import BudgetMissedError, EdgepruneError, UsageError
+from edgeprune import __version__, commands
+from edgeprune.errors import EdgepruneError
 
 EXIT_CODES = """exit codes:
   0  done                              6  the target is unknown or does not answer
@@ -58,21 +57,22 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"edgeprune {__version__}")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND")
-    _add_compress(commands)
-    _add_profile(commands)
-    _add_redesign(commands)
-    _add_rebuild(commands)
-    _add_measure(commands)
-    _add_export(commands)
-    _add_inspect(commands)
-    _add_targets(commands)
-    _add_methods(commands)
+    verbs = parser.add_subparsers(title="commands", metavar="COMMAND")
+    _add_compress(verbs)
+    _add_profile(verbs)
+    _add_redesign(verbs)
+    _add_rebuild(verbs)
+    _add_measure(verbs)
+    _add_export(verbs)
+    _add_inspect(verbs)
+    _add_targets(verbs)
+    _add_methods(verbs)
+    _add_doctor(verbs)
     return parser
 
 
-def _command(commands: Any, name: str, run: Any, help_text: str, example: str) -> argparse.ArgumentParser:
-    parser = commands.add_parser(
+def _command(verbs: Any, name: str, run: Any, help_text: str, example: str) -> argparse.ArgumentParser:
+    parser = verbs.add_parser(
         name,
         help=help_text,
         description=help_text,
@@ -96,8 +96,9 @@ def _model_options(parser: argparse.ArgumentParser, positional: bool = True) -> 
     parser.add_argument("--trust", action="store_true", help="open a pickled module, which runs code out of the file")
 
 
-def _target_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--target", default="cpu", help="a target file's name (default: cpu; see `edgeprune targets`)")
+def _target_options(parser: argparse.ArgumentParser, default: str | None = "cpu") -> None:
+    told = f"default: {default or 'all'}; see `edgeprune targets`"
+    parser.add_argument("--target", default=default, help=f"a target file's name ({told})")
     parser.add_argument("--threads", type=int, help="override the target's number of threads")
     parser.add_argument("--on", metavar="HOST[,HOST]", help="measure there, through ssh; several hosts share the work")
     parser.add_argument(
@@ -105,9 +106,9 @@ def _target_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_compress(commands: Any) -> None:
+def _add_compress(verbs: Any) -> None:
     parser = _command(
-        commands, "compress", _compress, "shrink a network until its measured latency is within a budget",
+        verbs, "compress", commands.compress, "shrink a network until its measured latency is within a budget",
         "edgeprune compress model.pt2 --latency 10ms --data photos/",
     )  # fmt: skip
     _model_options(parser)
@@ -135,18 +136,24 @@ def _add_compress(commands: Any) -> None:
     parser.add_argument("--out", metavar="DIR", help="where the results go (default: MODEL-BUDGET beside the model)")
 
 
-def _add_profile(commands: Any) -> None:
+def _add_profile(verbs: Any) -> None:
     parser = _command(
-        commands, "profile", _profile, "measure a target's latency table, or what a model still lacks in it",
+        verbs, "profile", commands.profile, "measure a target's latency table, or what a model still lacks in it",
         "edgeprune profile --target cpu --model model.pt2",
     )  # fmt: skip
     _model_options(parser, positional=False)
     _target_options(parser)
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="measure some of the table's kernels again: is it still true?",
+    )
 
 
-def _add_redesign(commands: Any) -> None:
+def _add_redesign(verbs: Any) -> None:
     parser = _command(
-        commands, "redesign", _redesign, "widen a network inside, train, and compress it back to the latency it had",
+        verbs, "redesign", commands.redesign,
+        "widen a network inside, train, and compress it back to the latency it had",
         "edgeprune redesign model.pt2 --data photos/ --minutes 60",
     )  # fmt: skip
     _model_options(parser)
@@ -162,9 +169,9 @@ def _add_redesign(commands: Any) -> None:
     parser.add_argument("--out", metavar="DIR", help="where the results go (default: MODEL-redesign beside the model)")
 
 
-def _add_rebuild(commands: Any) -> None:
+def _add_rebuild(verbs: Any) -> None:
     parser = _command(
-        commands, "rebuild", _rebuild, "make a fresh network of the form that redesign or compress found",
+        verbs, "rebuild", commands.rebuild, "make a fresh network of the form that redesign or compress found",
         "edgeprune rebuild model.pt2 out/redesign.json --out fresh.pt2",
     )  # fmt: skip
     _model_options(parser)
@@ -173,9 +180,9 @@ def _add_rebuild(commands: Any) -> None:
     parser.add_argument("--out", required=True, metavar="FILE.pt2")
 
 
-def _add_measure(commands: Any) -> None:
+def _add_measure(verbs: Any) -> None:
     parser = _command(
-        commands, "measure", _measure, "time ONNX files against each other, interleaved",
+        verbs, "measure", commands.measure, "time ONNX files against each other, interleaved",
         "edgeprune measure original.onnx out/model.onnx",
     )  # fmt: skip
     parser.add_argument("files", nargs="+", metavar="FILE.onnx", help="one file, or two to compare")
@@ -183,202 +190,46 @@ def _add_measure(commands: Any) -> None:
     parser.add_argument("--rounds", type=int, default=40, help="interleaved rounds (default: 40)")
 
 
-def _add_export(commands: Any) -> None:
+def _add_export(verbs: Any) -> None:
     parser = _command(
-        commands, "export", _export, "write the dense ONNX file of a network, such as a retrained .pt2",
+        verbs, "export", commands.export, "write the dense ONNX file of a network, such as a retrained .pt2",
         "edgeprune export out/model.pt2 --out model.onnx",
     )  # fmt: skip
     _model_options(parser)
     parser.add_argument("--out", metavar="FILE.onnx", help="(default: MODEL with .onnx)")
 
 
-def _add_inspect(commands: Any) -> None:
+def _add_inspect(verbs: Any) -> None:
     parser = _command(
-        commands, "inspect", _inspect, "show a network's nodes, channel groups and kernels with their latency",
+        verbs, "inspect", commands.inspect, "show a network's nodes, channel groups and kernels with their latency",
         "edgeprune inspect model.pt2",
     )  # fmt: skip
     _model_options(parser)
     _target_options(parser)
 
 
-def _add_targets(commands: Any) -> None:
+def _add_targets(verbs: Any) -> None:
     parser = _command(
-        commands, "targets", _targets, "list the known targets, or fetch what one needs", "edgeprune targets"
+        verbs, "targets", commands.targets, "list the known targets, or fetch what one needs", "edgeprune targets"
     )
     parser.add_argument("action", nargs="?", choices=["list", "fetch"], default="list", help="(default: list)")
     parser.add_argument("name", nargs="?", metavar="TARGET", help="of fetch: a browser target, such as web-wasm")
     parser.add_argument("--from", dest="archive", metavar="FILE.tgz", help="of fetch: the npm package, fetched already")
 
 
-def _add_methods(commands: Any) -> None:
+def _add_doctor(verbs: Any) -> None:
+    parser = _command(
+        verbs, "doctor", commands.doctor, "look at the targets: what was found, what is missing, what mends it",
+        "edgeprune doctor --target cpu",
+    )  # fmt: skip
+    _target_options(parser, default=None)
+
+
+def _add_methods(verbs: Any) -> None:
     _command(
-        commands, "methods", _methods, "list what --method and --planner can be, and what each needs and costs",
+        verbs, "methods", commands.methods, "list what --method and --planner can be, and what each needs and costs",
         "edgeprune methods",
     )  # fmt: skip
-
-
-def _load(options: argparse.Namespace) -> Any:
-    from edgeprune import api
-    from edgeprune.graph.load import parse_input
-
-    shapes = parse_input(options.input) if options.input else None
-    return api.load(options.model, input_shapes=shapes, factory=options.factory, trust=options.trust)
-
-
-def _compress(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    from edgeprune.progress import Progress
-
-    shown = Progress()
-    missed: dict[str, Any] = {}
-    try:
-        result = _compressed(options, shown)
-    except BudgetMissedError as error:
-        if error.result is None:
-            raise
-        shown.clear()
-        print(f"edgeprune: {error}", file=sys.stderr)
-        result, missed = error.result, {"exit_code": error.exit_code}
-    shown.clear()
-    return result.to_dict() | missed, result.text()
-
-
-def _compressed(options: argparse.Namespace, shown: Callable[[float, float, str], None]) -> Any:
-    from edgeprune import api
-
-    return api.compress(
-        _load(options),
-        latency=options.latency,
-        target=options.target,
-        threads=options.threads,
-        on=options.on,
-        data=options.data,
-        test=options.test,
-        normalize=options.normalize,
-        method=options.method,
-        planner=options.planner,
-        resolution=options.resolution,
-        lowrank=options.lowrank,
-        images=options.images,
-        minutes=options.minutes,
-        epochs=options.epochs,
-        seed=options.seed,
-        out=options.out or _folder(options.model, options.latency),
-        progress=shown,
-    )
-
-
-def _redesign(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    from edgeprune import api
-    from edgeprune.progress import Progress
-
-    shown = Progress()
-    result = api.redesign(
-        _load(options),
-        factor=options.factor,
-        target=options.target,
-        threads=options.threads,
-        on=options.on,
-        data=options.data,
-        test=options.test,
-        normalize=options.normalize,
-        method=options.method,
-        minutes=options.minutes,
-        epochs=options.epochs,
-        seed=options.seed,
-        out=options.out or _folder(options.model, "redesign"),
-        progress=shown,
-    )
-    shown.clear()
-    return result.to_dict(), result.text()
-
-
-def _rebuild(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    from edgeprune import api
-
-    network = api.rebuild(_load(options), options.plan, options.out, seed=options.seed)
-    count = sum(p.numel() for p in network.module.parameters())
-    return {"path": options.out, "params": count}, f"{options.out}: {count} parameters, random weights"
-
-
-def _folder(model: str, latency: str) -> str:
-    """MODEL-BUDGET beside the model."""
-    path = Path(model)
-    return str(path.with_name(f"{path.stem}-{latency.strip().replace('%', 'pct')}"))
-
-
-def _profile(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    from edgeprune import api
-    from edgeprune.progress import Progress
-
-    network = _load(options) if options.model else None
-    result = api.profile(network, target=options.target, threads=options.threads, on=options.on, progress=Progress())
-    return result.to_dict(), result.text()
-
-
-def _measure(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    from edgeprune import api
-    from edgeprune.progress import Progress
-
-    result = api.measure(
-        *options.files,
-        target=options.target,
-        threads=options.threads,
-        on=options.on,
-        rounds=options.rounds,
-        progress=Progress(),
-    )
-    return result.to_dict(), result.text()
-
-
-def _export(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    from edgeprune import api
-
-    out = options.out or str(Path(options.model).with_suffix(".onnx"))
-    if not options.out and Path(out).exists():
-        raise UsageError(
-            f"{out} is there already; say where to write: edgeprune export {options.model} --out FILE.onnx"
-        )
-    result = api.export(_load(options), out)
-    return result.to_dict(), result.text()
-
-
-def _inspect(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    from edgeprune import api
-    from edgeprune.progress import Progress
-
-    result = api.inspect(
-        _load(options), target=options.target, threads=options.threads, on=options.on, progress=Progress()
-    )
-    return result.to_dict(), result.text()
-
-
-def _targets(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    from edgeprune import api
-
-    if options.action == "fetch":
-        folder = api.fetch(options.name or "web-wasm", options.archive)
-        return {"path": str(folder)}, f"{folder}: ready"
-    found = api.targets()
-    width = max(len(t["name"]) for t in found)
-    lines = [f"{t['name']:<{width}}  {t['summary']}  ({t['path']})" for t in found]
-    return {"targets": found}, "\n".join(lines)
-
-
-def _methods(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    from edgeprune import api
-
-    found = api.list_methods()
-    rows = [{**m, "minutes": f"{m['minutes']:g} min"} for m in found]
-    columns = ("name", "needs", "decides", "minutes", "summary")
-    widths = {c: max(len(row[c]) for row in rows) for c in columns}
-    lines: list[str] = []
-    option = ""
-    for row in rows:
-        if row["option"] != option:
-            option = row["option"]
-            lines += [*([""] if lines else []), f"{option} NAME"]
-        lines.append("  " + "  ".join(f"{row[c]:<{widths[c]}}" for c in columns) + f"  ({row['source']})")
-    return {"methods": found}, "\n".join(lines)
 
 
 if __name__ == "__main__":

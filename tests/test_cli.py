@@ -250,3 +250,24 @@ def test_kill_9_after_the_cut_then_the_same_command_ends_as_if_nothing_had_happe
     assert results["killed"].keys() == results["whole"].keys()
     for name, value in results["whole"].items():
         torch.testing.assert_close(results["killed"][name], value, rtol=0, atol=0)
+
+
+def test_doctor_tells_what_it_found_and_fails_for_what_was_asked(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("EDGEPRUNE_HOME", str(tmp_path))
+    (tmp_path / "targets").mkdir()
+    (tmp_path / "targets" / "board.toml").write_text('device = "ssh"\n')
+    assert main(["doctor", "--target", "board"]) == 6
+    assert "edgeprune doctor --target board --on HOST" in capsys.readouterr().out
+    assert main(["doctor", "--json"]) == 0
+    findings = json.loads(capsys.readouterr().out)["findings"]
+    assert {"subject": "board", "what": "host", "ok": False}.items() <= next(
+        f for f in findings if f["subject"] == "board"
+    ).items()
+
+
+def test_a_table_is_checked_and_an_empty_one_says_how_to_fill_it(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("EDGEPRUNE_HOME", str(tmp_path))
+    assert main(["profile", "--check"]) == 7
+    assert "edgeprune profile --target cpu --model MODEL" in capsys.readouterr().err
+    assert main(["profile", "--check", "--model", "net.pt2"]) == 2
+    assert "leave --model out" in capsys.readouterr().err

@@ -35,7 +35,8 @@ ALLOWED = {
         "progress",
     },
     "__init__": {"api", "errors", "nn"},
-    "cli": {"__init__", "api", "errors", "progress", "graph"},
+    "commands": {"__init__", "api", "errors", "progress", "graph"},
+    "cli": {"__init__", "commands", "errors"},
     "__main__": {"cli"},
 }
 

@@ -1,4 +1,5 @@
-"""What works here and what is missing, target by target, each with the command that mends it."""
+"""What works here and what is missing, target by target, each with the command that mends it; and whether what was
+measured once is still true."""
 
 from __future__ import annotations
 
@@ -16,9 +17,16 @@ from edgeprune.device import ortweb
 from edgeprune.device.connect import connect
 from edgeprune.device.target import Target, find_target, list_targets
 from edgeprune.errors import EdgepruneError
+from edgeprune.latency.recheck import Recheck, recheck
 from edgeprune.latency.table import open_table
 
+Callback = Callable[[float, float, str], None]
+
 BUSY = 0.5  # load per core above which timings are disturbed
+
+
+def _silent(done: float, total: float, what: str) -> None:
+    pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,19 +62,36 @@ class Diagnosis:
         return "\n".join(lines)
 
 
-def diagnose(name: str | None, threads: int | None, on: str | None, say: Callable[[str], None]) -> Diagnosis:
-    """Look at this machine and at one target, or at all. Raises DeviceError when there is no target of that name."""
+def check_table(
+    *, target: str = "cpu", threads: int | None = None, on: str | None = None, progress: Callback = _silent
+) -> Recheck:
+    """Measure some kernels of a target's table again and say whether it is still true; the table stays as it is.
+
+    Raises TableError when it is empty, DeviceError when the target is unknown or does not answer.
+    """
+    with connect(find_target(target, threads, on)) as device:
+        table = open_table(device.fingerprint)
+        return recheck(device, table, progress=lambda done, total: progress(done, total, "measuring kernels"))
+
+
+def doctor(
+    target: str | None = None, *, threads: int | None = None, on: str | None = None, progress: Callback = _silent
+) -> Diagnosis:
+    """Look at this machine and at one target, or at all: what was found, what is missing, what mends it.
+
+    Raises DeviceError when there is no target of that name.
+    """
     findings = list(_here())
-    for target_name in [name] if name is not None else sorted(list_targets()):
-        say(f"looking at {target_name}")
+    for name in [target] if target is not None else sorted(list_targets()):
+        progress(0.0, 0.0, f"looking at {name}")
         try:
-            target = find_target(target_name, threads, on if name is not None else None)
+            wanted = find_target(name, threads, on if target is not None else None)
         except EdgepruneError as error:
-            if target_name not in list_targets():
+            if name not in list_targets():
                 raise
-            findings.append(Finding(target_name, "target file", False, str(error), "mend the line that it names"))
+            findings.append(Finding(name, "target file", False, str(error), "mend the line that it names"))
             continue
-        findings += _browser(target) if target.device == "browser" else _device(target)
+        findings += _browser(wanted) if wanted.device == "browser" else _device(wanted)
     return Diagnosis(tuple(findings))
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from edgeprune.device import ortweb
 from edgeprune.errors import DeviceError
-from edgeprune.pipeline.doctor import diagnose
+from edgeprune.pipeline.doctor import doctor
 
 
 @pytest.fixture(autouse=True)
@@ -19,7 +19,7 @@ def of(diagnosis, subject):
 
 
 def looked(name=None, on=None):
-    return diagnose(name, None, on, lambda text: None)
+    return doctor(name, on=on)
 
 
 def test_this_machine_answers_and_its_table_is_empty():
