@@ -123,7 +123,7 @@ def test_a_move_that_gains_nothing_is_like_one_that_costs_too_much():
     search = Search(8, ALL)
     told(search, [0.5, 0.1, 0.6, 0.2, 0.7, 0.3, 0.8, 0.4], 1.0)
     search.decline()
-    assert (space(search), search.waiting, search.width) == ([1, 3, 5, 7], None, 8)
+    assert (space(search), search.waiting, search.width, search.looked) == ([1, 3, 5, 7], None, 8, False)
 
 
 def test_draws_are_random_subsets_of_the_search_space():
@@ -157,14 +157,14 @@ def walked():
     search.accept()  # 1 3 5 7 for 0.4
     told(search, [0.5, 0, 0.6, 0, 0.7, 0, 0.9, 0], 0.6)
     search.accept()  # 0 2 for 0.6
-    told(search, [0, 0, 0, 0, 2.0, 0, 1.5, 0], 1.0)  # 6 for 1.5 is refused
+    told(search, [0, 0, 0, 0, 1.5, 0, 2.0, 0], 1.0)  # 4 for 1.5 is refused
     assert search.refused == {1: 1.5}
     return search
 
 
 def test_the_ranking_goes_back_the_way_the_search_came():
     ranking = walked().ranking(threshold=1.0, beyond=1.0)
-    assert ranking.order.tolist() == [4, 6, 2, 0, 7, 5, 3, 1]
+    assert ranking.order.tolist() == [6, 4, 2, 0, 7, 5, 3, 1]
     np.testing.assert_allclose(ranking.damage[2:], [1.0, 0.7, 0.4, 0.3, 0.2, 0.1, 0.0])
     np.testing.assert_allclose(ranking.damage[:2], [1.0 + 1.0 + 1.5 * 4, 1.0 + 1.0 + 1.5])
     assert (np.diff(ranking.damage) <= 0).all()
