@@ -209,19 +209,20 @@ class LatencyTable:
         return row
 
     def _normal(self) -> _Normal:
-        good = [row for row in self.rows.values() if not row.error]
+        stamp = len(self.rows) + len(self.overheads)
+        if self._reference is not None and self._reference.stamp == stamp:
+            return self._reference
+        good = [row for row in self.rows.values() if not row.error and row.nodes]
         if not good:
             raise TableError(
                 f"latency table {self.path} is empty; fill it with `edgeprune profile --target "
                 f"{self.fingerprint.target} --model MODEL`"
             )
-        stamp = len(self.rows) + len(self.overheads)
-        if self._reference is None or self._reference.stamp != stamp:
-            hot = float(np.quantile([row.hot_ref_ms for row in good if row.nodes], 0.1))
-            cold = float(np.quantile([row.cold_ref_ms for row in good if row.nodes], 0.1))
-            shares = [(row.hot_ms / row.ref_ms, row.cold_ms / row.ref_ms) for row in self.overheads.values()]
-            overhead = np.median(shares, axis=0) * hot if shares else np.zeros(2)
-            self._reference = _Normal(stamp, hot, cold, float(overhead[0]), float(overhead[1]))
+        hot = float(np.quantile([row.hot_ref_ms for row in good], 0.1))
+        cold = float(np.quantile([row.cold_ref_ms for row in good], 0.1))
+        shares = [(row.hot_ms / row.ref_ms, row.cold_ms / row.ref_ms) for row in self.overheads.values()]
+        overhead = np.median(shares, axis=0) * hot if shares else np.zeros(2)
+        self._reference = _Normal(stamp, hot, cold, float(overhead[0]), float(overhead[1]))
         return self._reference
 
     def _place(self, row: Row) -> tuple[str, dict[str, Any]]:
