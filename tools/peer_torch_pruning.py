@@ -73,23 +73,27 @@ def _within(
         note += f"; residual convolutions excluded: {type(error).__name__} otherwise"
         excluded = excluded + _residual(model)
 
-    def tried(share: float) -> Pruned:
-        module = _prune(model, shape, share, images, importance, round_to, excluded)
+    def tried(share: float) -> Pruned | None:
+        try:
+            module = _prune(model, shape, share, images, importance, round_to, excluded)
+        except Exception:
+            return None  # it breaks the network at this share
         ratio = edgeprune.measure(model, module, input_shape=shape, rounds=20).ratio("model 2")[0]
         return Pruned(module, share, ratio, note)
 
-    grid = [tried(share) for share in GRID]
+    grid = [p for p in map(tried, GRID) if p is not None]
     found = [p for p in grid if p.ratio <= budget]
     ends = [(0.0, 1.0), *((p.share, p.ratio) for p in grid)]  # nothing cut, nothing saved
     for (low, slower), (high, faster) in itertools.pairwise(ends):
         if slower > budget >= faster:
             for _ in range(STEPS):
-                middle = tried((low + high) / 2)
-                if middle.ratio <= budget:
+                share = (low + high) / 2
+                middle = tried(share)
+                if middle is not None and middle.ratio <= budget:
                     found.append(middle)
-                    high = middle.share
+                    high = share
                 else:
-                    low = middle.share
+                    low = share
     return found
 
 

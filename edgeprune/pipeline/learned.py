@@ -130,7 +130,7 @@ def search_and_shrink(
         )  # fmt: skip
     else:
         rewound = without_blocks(start, learned.removed, judge_of(start.network, {}))
-        if learned.removed and closer(rewound.network, learned.network, original, data):
+        if learned.removed and removes_blocks and closer(rewound.network, learned.network, original, data):
             start, start_ms = rewound, clock(rewound.network)
             learned.history.notes.append(
                 "the weights are those from before the search: they are closer to the original"

@@ -24,7 +24,7 @@ from edgeprune.pipeline.shrink import Shrunk
 from edgeprune.plan.problem import Recipe
 from edgeprune.train.config import History
 
-VERSION = 2
+VERSION = 3
 NAME = "shrunk.pt"
 SCALING = "scaling.json"
 BLOCKS = "blocks.json"

@@ -38,7 +38,7 @@ def block_damage(
     left = {b.name: b for b in blocks if b.join in judge.order}
     try:
         for step in range(min(steps, len(left))):
-            fits = find_fits(judge.reference.program, judge.program)
+            fits = find_fits(judge.reference.program, judge.program, judge.reference.inner)
             best: tuple[float, str, Program, set[str]] | None = None
             for name in sorted(left, key=lambda n: price.get(n, 0.0)):
                 if best is not None and name in price and price[name] >= best[0]:
@@ -65,7 +65,7 @@ def without_block(judge: Judge, block: Block, fits: Sequence[Fit], repair: bool 
     program = judge.program.without(block)
     if not repair:
         return program, {block.join}
-    now = find_fits(judge.reference.program, program)
+    now = find_fits(judge.reference.program, program, judge.reference.inner)
     aims = {f.node: f.aim for f in fits}
     affected = [f for f in now if aims[f.node] != f.aim]
     behind = [f for f in now if judge.order[f.node] > judge.order[block.join]]

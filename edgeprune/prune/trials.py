@@ -120,7 +120,8 @@ class NetworkTrials:
             block = self.blocks[move.name]
             if block.join not in program.order:
                 return program, set()
-            return without_block(self.judge, block, find_fits(self.judge.reference.program, program))
+            reference = self.judge.reference
+            return without_block(self.judge, block, find_fits(reference.program, program, reference.inner))
         consumers = find_consumers(self.judge, program, self.groups[move.name])
         if not consumers:
             return program, set()
