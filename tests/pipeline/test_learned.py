@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from stand_in_prices import Sizes
 from torch import nn
 
 import edgeprune
@@ -23,21 +24,6 @@ from edgeprune.train.config import History, TrainConfig
 from edgeprune.train.dataset import DataSet
 from edgeprune.train.halving import Move, Search
 from edgeprune.train.learner import Learned, Learner
-
-
-class Sizes:
-    """Milliseconds of a kernel: its elements."""
-
-    fusion = None
-
-    def prepare(self, anatomy):
-        return [tuple(range(1, g.size + 1)) for g in anatomy.channels.groups]
-
-    def kernel_ms(self, kernel):
-        return float(np.prod(kernel.output) + sum(map(np.prod, kernel.inputs))) * 1e-4
-
-    def constant_ms(self):
-        return 0.01
 
 
 @pytest.fixture(scope="module")
