@@ -5,14 +5,14 @@ With x_c what channel c adds to an output of the next layer (its taps summed), y
 
     greedy    drop the channel that adds least to ||sum over the dropped of x||^2, again and again
     pursuit   keep the channel whose multiple explains most of what is left of y, then refit all kept ones
-    scales    w = argmin ||y - X_S w||^2, one factor per kept channel, to be multiplied into the next layer's weights
+    cost      min over w of ||y - X_S w||^2, w one factor per kept channel: what is left after scaling the next layer
 
 Shapes: x (samples, units), one output channel at one place of one image a sample; everything else is done on its Gram
 matrix (units, units). Costs are what is left of ||y||^2 after scaling, as a share.
 Deviations: all readers of a group are stacked, each with the same energy; y is what the group's own units give, so that
-channels of other groups do not disturb; statistics come from the current network. The least-squares refit of whole
-readers that follows every cut (consumers.py, compensate.py) subsumes the scales, which only shape the curves here. Of
-more than 512 units, several are taken into the pursuit at a time.
+channels of other groups do not disturb; statistics come from the current network. The scales are never computed: their
+residual alone shapes the curves, and the least-squares refit of whole readers that follows every cut (consumers.py,
+compensate.py) subsumes them. Of more than 512 units, several are taken into the pursuit at a time.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from edgeprune.graph.channels import ChannelGroup
 from edgeprune.prune.consumers import Consumer, in_parts
-from edgeprune.prune.gram import Selection, System, penalties, solver
+from edgeprune.prune.gram import Selection, System
 from edgeprune.prune.judge import Judge
 from edgeprune.prune.patches import output_places, rows_at
 from edgeprune.prune.select.curve import Curve, LocalCurve, along
@@ -32,7 +32,6 @@ from edgeprune.prune.select.curve import Curve, LocalCurve, along
 PLACES = 8192  # sampled places of each reader
 OUTPUTS = 4  # sampled output channels at each place
 CHUNK = 256  # places at once
-RIDGE = 1e-12
 
 
 def thinet(judge: Judge, groups: Sequence[ChannelGroup]) -> Curve:
@@ -91,12 +90,6 @@ def pursuit(g: Tensor) -> list[int]:
     """Units, most important first: the largest ``(x_c . r)^2 / ||x_c||^2``, r the residual of all picked before."""
     norms = g.diagonal().clamp_min(float(g.diagonal().max()) * 1e-12 + 1e-300)
     return Selection([_system(g)]).order(lambda kernel: kernel.sides[0][:, 0].square() / norms)
-
-
-def scales(g: Tensor, kept: Sequence[int]) -> Tensor:
-    """(kept,) least-squares factors of the kept units' contributions."""
-    inside = g[kept][:, kept]
-    return solver(inside, penalties(inside, RIDGE, bias=False))(g[kept].sum(1, keepdim=True))[:, 0]
 
 
 def _system(g: Tensor) -> System:
