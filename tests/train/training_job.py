@@ -70,5 +70,7 @@ if __name__ == "__main__":
     pace.TOLERANCE = 1e6  # a busy machine shortens a run, which another test looks at
     settings = json.loads(sys.argv[3])
     pause_s = settings.pop("pause_s", 0.0)
+    if fitting := settings.pop("fitting", None):  # as if so many steps were found to fit into the time limit
+        pace.Pace.steps = lambda self, *_: fitting
     result = run(sys.argv[1], settings, pause_s)
     Path(sys.argv[2]).write_text(json.dumps(result))
