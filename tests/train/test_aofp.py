@@ -99,11 +99,16 @@ def test_a_boundless_threshold_halves_every_group():
 
 
 def test_scoring_changes_no_bit_of_the_training():
-    """Loss, gradients, running statistics and dropout: with the scoring pass on, the run ends with the same weights."""
+    """Loss, gradients, running statistics and dropout: with the scoring pass on, the run ends with the same weights.
+    In both groups a unit is masked already."""
     ends = []
-    for scored in (False, True):
+    for scored, masked in ((False, True), (True, True), (False, False)):
         student = network().copy()
         hook = Fixed(student, EVERY, work, 0.0, settings=Settings(theta=-1.0))
+        for search, unit in zip(hook.searches.values(), (2, 5) if masked else (), strict=False):
+            search.waiting = Move((unit,), 0.0)
+            search.accept()
+        hook._settle()
         with hook.attached():
             history = finetune(
                 student.module,
@@ -114,7 +119,9 @@ def test_scoring_changes_no_bit_of_the_training():
             )
         ends.append((fingerprint(student.module), history.losses))
         assert all(s.refused for s in hook.searches.values()) == scored
+        assert hook.widths() == ({"0": 7, "3": 11} if masked else SIZES)
     assert ends[0] == ends[1]
+    assert ends[0] != ends[2]
 
 
 def lesson(budget, widths=EVERY, dearer=1.0, **kwargs):
