@@ -15,7 +15,7 @@ Deviations
     The threshold starts at the source's 0.01. After a cycle that brought less than its share it is raised: to where
     the refused moves that would pass bring what is missing, and at least by a factor. The source keeps it.
     The number of batches between two decisions follows from the length of the run and not from a setting of its own
-    (1 000 in the source), and every batch is many draws.
+    (1 000 in the source), and every batch is many draws. A run that is shortened gets as many decisions.
     Residual groups are searched too, not only the layers inside of blocks.
 """
 
@@ -82,7 +82,7 @@ class Aofp(Hook):
         self.latency_ms, self.budget_ms, self.seed = latency_ms, budget_ms, seed
         self.settings = settings or Settings()
         self.theta = self.settings.theta
-        self.steps, self.period, self.first = 0, 1, 0
+        self.steps, self.period, self.first = 0, 1.0, 0
         self._settle()
         self._new_cycle(0)
 
@@ -112,10 +112,18 @@ class Aofp(Hook):
         self.period = max(1, (steps - self.first) // settings.rounds)
         self.ablation.watching = self.first == 0
 
+    def shorten(self, step: int, steps: int) -> None:
+        left = (steps - step) / (self.steps - step)
+        self.steps, self.period = steps, left * self.period
+        if step < self.first:
+            self.first = step + int(left * (self.first - step))
+            self._new_cycle(self.first)
+        self.ablation.watching = step >= self.first and not self.done()
+
     def after_forward(self, step: int, x: Tensor) -> None:
         for i, (name, search) in enumerate(self.searches.items()):
             # groups begin one after the other, so that their decisions do not fall on the same step
-            begins = self.first + i * self.period // len(self.searches)
+            begins = self.first + int(i * self.period / len(self.searches))
             if step < begins or not self._goes_on(search) or not self.ablation.watching:
                 continue
             rng = np.random.default_rng((self.seed, step, i, 59))

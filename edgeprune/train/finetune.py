@@ -142,7 +142,7 @@ class _Run:
         saved = checkpoint.load(self.path, self.identity) if self.path is not None else None
         if saved is not None:
             self._restore(saved)
-            self.pace.go_on(saved["elapsed_s"], saved["evaluation_s"])
+            self.pace.go_on(saved["elapsed_s"], saved["evaluation_s"], saved.get("planned", 0))
             self.history.resumed_from = self.schedule.step
             if saved["done"]:
                 return self.history
@@ -176,7 +176,10 @@ class _Run:
                 left_s = self.pace.left_s(self.schedule)
                 progress(Progress(step + 1, self.schedule.steps, self.smoothed, lr, self.pace.elapsed(), left_s))
             if self.schedule.step % SNAPSHOT_STEPS == 0 and not self.schedule.done:
+                planned = self.schedule.steps
                 self.pace.keep_within_limit(self.schedule, self.history.notes)
+                if self.schedule.steps < planned:
+                    self.hooks.shorten(self.schedule.step, self.schedule.steps)
                 good = self._state()
                 if self.path is not None and time.monotonic() - saved_at >= self.config.checkpoint_s:
                     self._save(good)
@@ -386,7 +389,7 @@ class _Run:
     def _save(self, state: dict[str, Any], done: bool = False) -> None:
         assert self.path is not None
         extra = {"identity": self.identity, "done": done, "elapsed_s": self.pace.elapsed()}
-        extra["evaluation_s"] = self.pace.evaluation_s
+        extra["evaluation_s"], extra["planned"] = self.pace.evaluation_s, self.pace.planned
         if self.teacher is not None:
             extra["teacher"] = self.teacher.state()
             extra["views"] = self.teacher.views

@@ -23,8 +23,12 @@ class Hook:
         return type(self).__name__
 
     def start(self, steps: int) -> None:
-        """Called once, when the run's number of steps is known (a run under a time limit may get fewer later). Also
-        called with a small number before a few steps are timed; then ``load`` brings back the state from before."""
+        """Called once, when the run's number of steps is known. Also called with a small number before a few steps are
+        timed; then ``load`` brings back the state from before."""
+
+    def shorten(self, step: int, steps: int) -> None:
+        """Before step ``step`` a run under a time limit was found too long: it now has ``steps`` steps in all, fewer
+        than it was told before. A run never becomes longer."""
 
     def after_forward(self, step: int, x: Tensor) -> None:
         """The student has answered the batch ``x`` (N, ...), in training mode and with the weights it still has."""
@@ -68,6 +72,10 @@ class Hooks:
     def start(self, steps: int) -> None:
         for hook in self.hooks:
             hook.start(steps)
+
+    def shorten(self, step: int, steps: int) -> None:
+        for hook in self.hooks:
+            hook.shorten(step, steps)
 
     def after_forward(self, step: int, x: Tensor) -> None:
         for hook in self.hooks:

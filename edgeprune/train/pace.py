@@ -27,9 +27,10 @@ class Pace:
         self.recent: deque[float] = deque(maxlen=RECENT)
         self.planned = 0  # steps, before any was given up
 
-    def go_on(self, elapsed_s: float, evaluation_s: float) -> None:
+    def go_on(self, elapsed_s: float, evaluation_s: float, planned: int) -> None:
         """After an interruption: what was spent before counts, what lay between does not."""
         self.before, self.started, self.evaluation_s = elapsed_s, time.monotonic(), evaluation_s
+        self.planned = planned
 
     def elapsed(self) -> float:
         """Seconds of work, over all calls that the run took."""

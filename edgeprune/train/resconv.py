@@ -110,6 +110,9 @@ class LayerFactors(Hook):
         self.steps = steps
         self.scales = [_scale(leaf).clone() for leaf in self.leaves]
 
+    def shorten(self, step: int, steps: int) -> None:
+        self.steps = steps
+
     def after_step(self, step: int, x: Tensor) -> None:
         self.hold()
         if self.enough:
@@ -168,7 +171,6 @@ class LayerFactors(Hook):
         return self.loss * settings.first * (settings.last / settings.first) ** share
 
     def _rate(self, step: int) -> float:
-        step = min(step, self.steps - 1)  # a run under a time limit may become longer than it was planned
         schedule = Schedule(self.steps, self.config.warmup, step, step / self.steps)
         return self.config.lr * schedule.factor() / (1 - self.config.momentum)
 

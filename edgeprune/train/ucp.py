@@ -205,6 +205,9 @@ class Gates(Hook):
     def start(self, steps: int) -> None:
         self.steps = steps
 
+    def shorten(self, step: int, steps: int) -> None:
+        self.steps = steps
+
     def penalty(self, step: int) -> Tensor | None:
         """What the gates of a layer and group are above their share on average, each unit worth the same."""
         share = 1 - (1 - self.settings.low) * min((step + 1) / (self.settings.settle * self.steps), 1.0)
@@ -246,8 +249,6 @@ def ucp(lesson: Lesson) -> Learned:
     history = finetune(
         network.module, teacher.module, lesson.data, config, lesson.checkpoint, lesson.progress, hooks=[hook]
     )
-    if not hook.means:  # a run under a time limit may have become too short for it
-        hook.settle()
     hook.fold()
     scores = hook.scores()
     means = np.concatenate([*scores.values()] or [np.ones(1)])

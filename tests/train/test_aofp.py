@@ -17,6 +17,7 @@ from edgeprune.train.dataset import DataSet
 from edgeprune.train.finetune import finetune
 from edgeprune.train.halving import Move
 from edgeprune.train.learner import Lesson
+from edgeprune.train.pace import Pace
 
 QUICK = {"batch_size": 16, "lr": 0.05, "augment": "none"}
 
@@ -124,8 +125,8 @@ def test_scoring_changes_no_bit_of_the_training():
     assert ends[0] != ends[2]
 
 
-def lesson(budget, widths=EVERY, dearer=1.0, **kwargs):
-    config = TrainConfig(steps=80, checkpoint_s=1e-9, **QUICK)
+def lesson(budget, widths=EVERY, dearer=1.0, steps=80, **kwargs):
+    config = TrainConfig(steps=steps, checkpoint_s=1e-9, **QUICK)
 
     def price(widths, removed=()):
         return dearer * work(widths, removed)
@@ -173,6 +174,34 @@ def test_a_killed_search_ends_with_the_same_bits(tmp_path):
     for name, ranking in whole.rankings.items():
         np.testing.assert_array_equal(again.rankings[name].order, ranking.order)
         np.testing.assert_array_equal(again.rankings[name].damage, ranking.damage)
+
+
+@pytest.mark.parametrize("at", [20, 220])
+def test_a_run_that_is_shortened_reaches_the_budget_in_the_steps_it_gets(monkeypatch, at):
+    """Planned at a pace that would have got it there at step 480 of 600."""
+
+    def shorten(self, schedule, notes):
+        if schedule.step == at:
+            schedule.steps = at + 60
+
+    monkeypatch.setattr(Pace, "keep_within_limit", shorten)
+    learned = aofp(lesson(0.4, steps=600))
+    assert at < learned.history.steps <= at + 60
+    convolution, linear = (learned.network.module.get_submodule(name).weight.detach().abs() for name in ("3", "9"))
+    assert work({"0": int((convolution.sum((0, 2, 3)) > 0).sum()), "3": int((linear.sum(0) > 0).sum())}) <= 0.4
+
+
+def test_what_was_to_come_is_spread_over_the_steps_that_are_left():
+    hook = Fixed(network().copy(), EVERY, work, 0.3, settings=Settings(warmup=0.1, rounds=9))
+    hook.start(1000)
+    hook.shorten(40, 520)  # half of what was left
+    assert (hook.first, hook.began[0], hook.period, hook.steps) == (70, 70, 50, 520)
+    assert not hook.ablation.watching
+    hook.began = (170, 0.8)
+    hook.shorten(220, 260)  # 40 steps instead of 300
+    assert (hook.first, hook.began, hook.steps) == (70, (170, 0.8), 260)
+    assert hook.period == pytest.approx(50 * 40 / 300)
+    assert hook.ablation.watching
 
 
 def waiting(steps=1, **moves):

@@ -22,9 +22,13 @@ class Recorder(Hook):
     """Counts in its state what it sees; nothing of it touches the run."""
 
     def __init__(self):
-        self.calls, self.seen, self.steps = [], 0, 0
+        self.calls, self.seen, self.steps, self.shortened = [], 0, 0, []
 
     def start(self, steps):
+        self.steps = steps
+
+    def shorten(self, step, steps):
+        self.shortened.append((step, steps))
         self.steps = steps
 
     def after_forward(self, step, x):
@@ -121,6 +125,22 @@ def test_a_diverged_run_goes_back_with_the_hooks_state():
     assert [c[1] for c in recorder.calls if c[0] == "forward"] == [*range(38), *range(20, 50)]
     assert recorder.seen == sum(range(50))
     assert pull.grown == pytest.approx(0.1 * 50)
+
+
+def test_hooks_follow_a_run_that_is_shortened(tmp_path, monkeypatch):
+    """One that is killed later knows it from its checkpoint."""
+
+    def shorten(self, schedule, notes):
+        if schedule.step == 20:
+            schedule.steps = 44
+
+    monkeypatch.setattr(pace.Pace, "keep_within_limit", shorten)
+    _, (hook,), history = train(lambda student: [Recorder()])
+    assert (hook.shortened, hook.steps, history.steps) == ([(20, 44)], 44, 44)
+    with pytest.raises(KilledError):
+        train(lambda student: [Recorder()], tmp_path / "run.pt", 33)
+    _, (again,), history = train(lambda student: [Recorder()], tmp_path / "run.pt")
+    assert (again.shortened, again.steps, history.resumed_from, history.steps) == ([], 44, 20, 44)
 
 
 def test_a_hook_ends_the_run(tmp_path):

@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from training_job import run
+from training_job import network, run, samples
 
 from edgeprune.errors import UsageError
+from edgeprune.train.config import TrainConfig
+from edgeprune.train.finetune import finetune
+from edgeprune.train.pace import Pace
 
 JOB = Path(__file__).with_name("training_job.py")
 LENGTHLESS = {"ema": 0.9, "augment": "crop", "teacher_views": 3, "label_weight": 0.3}
@@ -73,3 +76,29 @@ def test_killed_under_a_time_limit_keeps_its_number_of_steps(tmp_path):
     resumed = finish(tmp_path, {**settings, "fitting": 70})
     assert resumed["resumed_from"] >= 20
     assert_same(resumed, run(tmp_path / "whole.pt", {**LENGTHLESS, "steps": 90}))
+
+
+def test_a_resumed_run_still_knows_what_was_planned(tmp_path, monkeypatch):
+    """120 steps of half a second that turn out to take one, and after the interruption two; the limit is 60 s."""
+    spent, step_s = [], 1.0
+    monkeypatch.setattr(Pace, "steps", lambda self, *_: 120)
+    monkeypatch.setattr(Pace, "took", lambda self, _: spent.append(step_s))
+    monkeypatch.setattr(Pace, "elapsed", lambda self: self.before + sum(spent))
+    monkeypatch.setattr(Pace, "left_s", lambda self, schedule: (schedule.steps - schedule.step) * step_s)
+    config = TrainConfig(minutes=1, batch_size=16, augment="none", checkpoint_s=0)
+
+    def job(progress):
+        return finetune(network(6, 1), network(12, 0), samples(64, 0), config, tmp_path / "run.pt", progress)
+
+    def stop(p):
+        if p.step == 25:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        job(stop)
+    spent, step_s = [], 2.0
+    history = job(None)
+    assert (history.resumed_from, history.steps) == (20, 41)
+    assert [n for n in history.notes if "slower" in n] == [
+        "the machine became slower than measured: 41 steps instead of 120"
+    ]

@@ -14,6 +14,7 @@ from edgeprune.graph.surgery import cut
 from edgeprune.train.config import TrainConfig
 from edgeprune.train.dataset import DataSet
 from edgeprune.train.learner import Lesson
+from edgeprune.train.pace import Pace
 from edgeprune.train.ucp import SLOPE, Gates, Settings, ucp
 
 QUICK = {"batch_size": 16, "lr": 0.05, "augment": "none"}
@@ -186,11 +187,28 @@ def test_what_was_trained_is_what_comes_out():
     assert learned.history.notes[-1] == note
 
 
-def test_a_run_that_became_too_short_ends_without_gates_too(monkeypatch):
-    """Under a time limit; the gates are measured where the training stopped."""
-    started = Gates.start
-    monkeypatch.setattr(Gates, "start", lambda self, steps: started(self, 10 * steps))
-    learned = ucp(lesson(steps=4))
+def test_in_a_run_that_is_shortened_the_gates_settle_in_time(monkeypatch):
+    """After 70 % of the 40 steps that it gets, and not of the 200 that were planned."""
+
+    def shorten(self, schedule, notes):
+        if schedule.step == 20:
+            schedule.steps = 40
+
+    trained, settled, settle, after_step = [], [], Gates.settle, Gates.after_step
+
+    def watched(self, step, x):
+        trained.append(step)
+        after_step(self, step, x)
+
+    def told(self):
+        settled.append(len(trained))
+        settle(self)
+
+    monkeypatch.setattr(Pace, "keep_within_limit", shorten)
+    monkeypatch.setattr(Gates, "after_step", watched)
+    monkeypatch.setattr(Gates, "settle", told)
+    learned = ucp(lesson(steps=200))
+    assert (learned.history.steps, settled) == (40, [28])
     assert learned.network.module.state_dict().keys() == network().module.state_dict().keys()
     assert {name: s.shape for name, s in learned.scores.items()} == {"stem": (4,), "one": (12,)}
 
