@@ -56,9 +56,9 @@ class Diagnosis:
         for subject in dict.fromkeys(finding.subject for finding in self.findings):
             lines.append(subject)
             for finding in (f for f in self.findings if f.subject == subject):
-                lines.append(f"  {'ok     ' if finding.ok else 'missing'}  {finding.what}: {finding.found}")
+                lines.append(f"  {'ok  ' if finding.ok else 'mend'}  {finding.what}: {finding.found}")
                 if finding.mend:
-                    lines.append(f"           -> {finding.mend}")
+                    lines.append(f"        -> {finding.mend}")
         return "\n".join(lines)
 
 

@@ -112,15 +112,17 @@ class _Axes:
 
     A node keeps its name only with its value, and then the unfolded network's labels hold: a shortcut that folding took
     into a convolution still ties its channels to those of the input. Other nodes have labels in the folded network
-    alone, whose groups are told by name and size.
+    alone, whose groups are told by what makes their units: there a group may be a part of one of the unfolded network.
     """
 
     def __init__(self, channels: Channels, folded: Channels):
         self.channels, self.folded = channels, folded
         by_name = {g.name: i for i, g in enumerate(channels.groups)}
+        by_maker = {s.target: i for i, g in enumerate(channels.groups) for s in g.slots if s.role == "out"}
         self.index: list[int | None] = []
         for group in folded.groups:
-            i = by_name.get(group.name)
+            made = {by_maker.get(slot.target) for slot in group.slots if slot.role == "out"}
+            i = by_name.get(group.name, made.pop() if len(made) == 1 else None)
             self.index.append(i if i is not None and channels.groups[i].size == group.size else None)
         self.widths = {i: g.size for i, g in enumerate(channels.groups)}
 
@@ -157,6 +159,7 @@ def _group_blocks(network: Network, channels: Channels, block_of_node: dict[str,
 def _span(site: Site, axes: _Axes, block_of_node: dict[str, int]) -> Span:
     found: list[tuple[int, int, Axis]] = []
     kernel = site.kernel
+    block = block_of_node.get(site.anchor_output, block_of_node.get(site.output))
     tensors = [*((i, name, kernel.inputs[i]) for i, name in enumerate(site.inputs)), (-1, site.output, kernel.output)]
     for tensor, name, shape in tensors:
         # the tensor may be a step inside one graph node's operator
@@ -168,9 +171,10 @@ def _span(site: Site, axes: _Axes, block_of_node: dict[str, int]) -> Span:
             if shape[dim] != sizes[dim]:
                 continue
             axis = axes.axis(owner, dim)
-            if axis is not None and axis.terms:
+            if axis is None:  # what cannot be told of one tensor must not be changed in the others
+                return Span(site, (), (), (), block)
+            if axis.terms:
                 found.append((tensor, dim, axis))
-    block = block_of_node.get(site.anchor_output, block_of_node.get(site.output))
     variables = list(dict.fromkeys(_direction(axis)[0] for _, _, axis in found))
     proportional = len(variables) > 2
     if proportional:

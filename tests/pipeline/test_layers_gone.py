@@ -14,8 +14,9 @@ from edgeprune.deploy.export import to_onnx
 from edgeprune.errors import VerificationError
 from edgeprune.graph.fold import fold
 from edgeprune.graph.lift import lift
+from edgeprune.latency.fusion import sites
 from edgeprune.methods import SELECTORS
-from edgeprune.pipeline.apply import State
+from edgeprune.pipeline.apply import State, apply_plan
 from edgeprune.pipeline.certificate import certify, certify_same
 from edgeprune.pipeline.judging import Judge
 from edgeprune.pipeline.learned import search_and_shrink
@@ -160,3 +161,34 @@ def test_from_the_command_line(tmp_path, monkeypatch, capsys):
         expected = trained(torch.from_numpy(x[:1])).numpy()
     found = session.run(None, {session.get_inputs()[0].name: x[:1]})[0]
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3 * abs(expected).max())
+
+
+def test_behind_a_removed_layer_all_tensors_of_a_kernel_are_narrowed(original):
+    """Folding moves the removed layer's scale past the pooling: what the pooling gives has no name of the original."""
+
+    class Pooled(Plain):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(8, 5)
+
+        def forward(self, x):
+            return self.head(self.features(x).mean((2, 3)))
+
+    start = RESCONV.instrument(lift(Pooled().eval(), [(1, 3, 8, 8)]))
+    with torch.no_grad():
+        for name, parameter in start.module.named_parameters():
+            if name.endswith(".m"):
+                parameter.fill_(0.7)
+    without = apply_plan(start, Plan({}, removed=("features.10",)))
+    anatomy = dissect(without)
+    (group,) = (g for g in anatomy.channels.groups if "features.7" in {slot.target for slot in g.slots})
+    keep = {group.name: tuple(range(3))}
+    narrow = {shapes(s.kernel) for s in sites(to_onnx(fold(apply_plan(without, Plan({group.name: 3}, keep=keep)))))}
+    assert ("GlobalAveragePool", ((1, 3, 4, 4),), (1, 3, 1, 1)) in narrow
+    index = anatomy.channels.groups.index(group)
+    widths = {i: 3 if i == index else g.size for i, g in enumerate(anatomy.channels.groups)}
+    assert {shapes(span.at(tuple(v.at(widths) for v in span.variables))) for span in anatomy.spans} == narrow
+
+
+def shapes(kernel):
+    return kernel.op, kernel.inputs, kernel.output
