@@ -291,10 +291,11 @@ def rebuild(
     Raises UsageError when the plan cannot be read or is for another network.
     """
     try:
-        recipe = Recipe.from_json(Path(plan).read_text())
-    except OSError as error:
+        recipe = Recipe.from_json(Path(plan).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        reason = "not a text file" if isinstance(error, ValueError) else error.strerror or error
         raise UsageError(
-            f"{plan}: {error.strerror or error}; expected the redesign.json of `edgeprune redesign`, or the plan.json "
+            f"{plan}: {reason}; expected the redesign.json of `edgeprune redesign`, or the plan.json "
             "of `edgeprune compress`"
         ) from None
     network = fresh(_network(model, input_shape), recipe, seed)
@@ -304,8 +305,8 @@ def rebuild(
 
 
 def list_methods() -> list[dict[str, Any]]:
-    """What ``compress`` takes as ``method`` and ``planner``: option, name, needs, decides, minutes (typical), summary,
-    source."""
+    """What ``compress`` takes as ``method`` and ``planner``: option, name, default (when it is taken without being
+    named), needs, decides, minutes (typical), summary, source."""
     return methods.table()
 
 

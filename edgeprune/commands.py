@@ -180,6 +180,8 @@ def methods(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
             option = row["option"]
             lines += [*([""] if lines else []), f"{option} NAME"]
         lines.append("  " + "  ".join(f"{row[c]:<{widths[c]}}" for c in columns) + f"  ({row['source']})")
+        if row["default"]:
+            lines[-1] += f"  [{row['default']}]"
     return {"methods": found}, "\n".join(lines)
 
 

@@ -155,7 +155,8 @@ def method_name(name: str | None, data: bool) -> str:
     """
     if name is None:
         return "cap" if data else DATA_FREE[0]
-    return _usable(SELECTORS | LEARNERS, "method", name, data, "chooses by what it sees in images")
+    why = "trains while it chooses" if name in LEARNERS else "chooses by what it sees in images"
+    return _usable(SELECTORS | LEARNERS, "method", name, data, why)
 
 
 def planner_name(name: str | None, data: bool) -> str:
@@ -164,11 +165,18 @@ def planner_name(name: str | None, data: bool) -> str:
 
 
 def table() -> list[dict[str, Any]]:
-    """All methods as plain values; ``option`` says what of ``compress`` takes the name."""
+    """All methods as plain values; ``option`` says what of ``compress`` takes the name, ``default`` when it is taken
+    without being named."""
+    defaults = {
+        ("--method", method_name(None, True)): "default",
+        ("--method", method_name(None, False)): "default without --data",
+        ("--planner", planner_name(None, True)): "default",
+    }
     return [
         {
             "option": option,
             "name": name,
+            "default": defaults.get((option, name), ""),
             "needs": method.needs,
             "decides": method.decides,
             "minutes": method.minutes,

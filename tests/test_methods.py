@@ -27,6 +27,20 @@ def test_data_free_methods_go_without(name):
     assert method_name(name, data=False) == name
 
 
+def test_what_trains_says_so():
+    with pytest.raises(UsageError, match="--method aofp trains while it chooses; give --data"):
+        method_name("aofp", data=False)
+
+
+def test_the_list_marks_the_defaults():
+    marked = {(m["option"], m["name"]): m["default"] for m in edgeprune.list_methods() if m["default"]}
+    assert marked == {
+        ("--method", "cap"): "default",
+        ("--method", DATA_FREE[0]): "default without --data",
+        ("--planner", "exact"): "default",
+    }
+
+
 def test_unknown_method():
     with pytest.raises(UsageError, match=f"known methods: {', '.join(SELECTORS)}"):
         method_name("luck", data=True)

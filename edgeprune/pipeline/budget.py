@@ -26,7 +26,7 @@ class Budget:
 
 def parse_budget(text: str) -> Budget:
     """Raises UsageError when the text is no latency, or asks for nothing (100 % and more, 1x and less)."""
-    match = _PATTERN.fullmatch(text)
+    match = _PATTERN.fullmatch(text) if isinstance(text, str) else None
     if not match or not 0 < float(match[1]) < 1e9:
         raise UsageError(f"--latency {text!r} is not a latency; expected one like 10ms, 800us, 60% or 1.7x")
     value, unit = float(match[1]), match[2]

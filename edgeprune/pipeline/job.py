@@ -39,6 +39,7 @@ from edgeprune.prune.select.fp import backward, pursuit
 from edgeprune.prune.select.scored import scored
 from edgeprune.train.config import History, TrainConfig
 from edgeprune.train.config import Progress as Step
+from edgeprune.train.data import check_varied
 from edgeprune.train.dataset import DataSet
 from edgeprune.train.evaluate import agreement, evaluate, output_error
 from edgeprune.train.finetune import finetune
@@ -47,6 +48,7 @@ from edgeprune.train.loss import as_outputs, check_labels, is_probabilities, is_
 Callback = Callable[[float, float, str], None]
 
 FINAL_ROUNDS = 30
+FEW_IMAGES = 64  # calibration images below which a run says so
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +148,8 @@ def run(job: Job, pricing: Pricing, progress: Callback) -> Outcome:
     base = original if size is None else at_resolution(original, size)
     training, held_out = (_seen(data, base) for data in (training, held_out))
     calibration, labels = _calibration(base, training, job.images, job.seed)
+    if training is not None and (seen := check_varied(calibration, training.name)) < FEW_IMAGES:
+        warnings.append(f"only {seen} images in --data: what is chosen and refitted by so few may fit nothing else")
     instrument = LEARNERS[job.method].function.instrument if job.method in LEARNERS else None
     start = base if instrument is None else instrument(base)
     with clock("shrink"):

@@ -65,6 +65,15 @@ def open_data(
     return DataSet(opened, shape, normalisation, name)
 
 
+def check_varied(batches: Sequence[torch.Tensor], name: str) -> int:
+    """How many samples the batches ((n, ...) each) hold. Raises DataError when there are several and all are equal:
+    nothing can be chosen or fitted by them."""
+    first = batches[0][:1] if batches else None
+    if first is not None and sum(map(len, batches)) > 1 and all(bool((x == first).all()) for x in batches):
+        raise DataError(f"{name}: all of its samples are equal; expected images like those that the network will see")
+    return sum(map(len, batches))
+
+
 def _opened(spec: Any, shape: tuple[int, ...]) -> tuple[Any, str]:
     """-> (a Source or a DataSet, its name for messages). Raises DataError."""
     if isinstance(spec, (str, os.PathLike)):

@@ -51,6 +51,8 @@ def test_missed_budget_says_by_how_much():
     missed = replace(REPORT, budget_ms=6.0, asked="6ms")
     assert not missed.met
     assert "budget MISSED by 6.7%" in render(missed)
+    near = replace(REPORT, ratio=[0.657, 0.655, 0.659])
+    assert "budget met, 1.1% over, within the 2% that timing spreads: " in render(near)
     assert "6 ms  " in render(missed)
     assert "(6ms)" not in render(missed)
 

@@ -12,7 +12,7 @@ def test_budget_in_milliseconds(text, original_ms, expected):
     assert parse_budget(text).ms(original_ms) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("text", ["", "10", "ten ms", "-5ms", "0ms", "10 minutes", "nanms"])
+@pytest.mark.parametrize("text", ["", "10", "ten ms", "-5ms", "0ms", "10 minutes", "nanms", 0.6, None])
 def test_nonsense_is_refused_with_examples(text):
     with pytest.raises(UsageError, match="10ms, 800us, 60% or 1.7x"):
         parse_budget(text)

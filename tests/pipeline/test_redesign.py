@@ -126,3 +126,7 @@ def test_from_the_command_to_a_fresh_network(monkeypatch, tmp_path):
     )
     assert shapes(edgeprune.load(tmp_path / "f.pt2")) == shapes(result.network)
     assert "redesign.json" in result.text()
+    assert (
+        main(["rebuild", str(tmp_path / "net.pt2"), str(tmp_path / "net.pt2"), "--out", str(tmp_path / "g.pt2")]) == 2
+    )
+    assert not (tmp_path / "g.pt2").exists()

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from edgeprune.errors import DataError
-from edgeprune.train.data import open_data
+from edgeprune.train.data import check_varied, open_data
 from edgeprune.train.dataset import DataSet
 
 SHAPE = (1, 3, 8, 10)
@@ -330,3 +330,12 @@ def test_a_large_map_style_set_is_read_when_asked_for(monkeypatch):
 def test_importing_data_does_not_need_scikit_learn():
     code = "import sys; sys.modules['sklearn'] = None; import edgeprune.train.data"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_samples_that_are_all_equal_say_nothing():
+    x = torch.rand(1, 3, 4, 4)
+    assert check_varied([torch.cat([x, x + 1]), x], "photos") == 3
+    assert check_varied([x], "photos") == 1
+    assert check_varied([], "photos") == 0
+    with pytest.raises(DataError, match="photos: all of its samples are equal"):
+        check_varied([torch.cat([x, x]), x], "photos")
