@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import pwd
 import subprocess
 import sys
 import time
@@ -107,7 +108,7 @@ def test_an_old_interpreter_is_told(server, tmp_path):  # noqa: F811
 
 
 def test_a_home_directory_is_the_one_there(server):  # noqa: F811
-    home = Path.home()
+    home = pwd.getpwuid(os.getuid()).pw_dir  # where ssh begins, whatever $HOME is here
     python = os.path.relpath(sys.executable, home)
     with connect(server.target(python=f"~/{python}")) as device:
         assert device.fingerprint.threads == 1
