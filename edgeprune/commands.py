@@ -192,5 +192,5 @@ def doctor(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
     shown = Progress()
     found = api.doctor(options.target, threads=options.threads, on=options.on, progress=shown)
     shown.clear()
-    failed = options.target is not None and not found.ok
+    failed = any(not finding.ok for finding in found.findings if finding.subject == options.target)
     return found.to_dict() | {"exit_code": DeviceError.exit_code if failed else 0}, found.text()

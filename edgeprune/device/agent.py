@@ -130,7 +130,7 @@ def temporary_folder():
             os.kill(int(old.rsplit("-", 2)[-2]), 0)
         except ProcessLookupError:
             shutil.rmtree(old, ignore_errors=True)
-        except (ValueError, OSError):
+        except (ValueError, OSError, OverflowError):
             pass
     try:
         own = tempfile.mkdtemp(prefix="edgeprune-agent-%d-" % os.getpid(), dir=chosen)

@@ -61,7 +61,7 @@ class BrowserDevice(Device):
                 raise DeviceError(f"{self.where}: {host} is every interface; give the address of the one to serve on")
         except ValueError:
             pass  # a name
-        if port and not port.isdecimal():
+        if not host or (port and not port.isdecimal()):
             raise DeviceError(f"{self.where}: {target.host!r} is no address; expected ADDRESS or ADDRESS:PORT")
         token = secrets.token_urlsafe(16)
         settings = {"provider": target.runtime.provider, "threads": target.runtime.threads}
@@ -74,6 +74,9 @@ class BrowserDevice(Device):
                 f"{self.where}: cannot serve on {host}:{address[1]} ({error}); give an address of this machine with "
                 "--listen ADDRESS[:PORT]"
             ) from None
+        if ipaddress.ip_address(str(server.server_address[0])).is_unspecified:
+            server.server_close()
+            raise DeviceError(f"{self.where}: {host} is every interface; give the address of the one to serve on")
         self.url = f"{'https' if tls else 'http'}://{host}:{server.server_address[1]}/{token}/"
         return server
 

@@ -10,12 +10,19 @@ from edgeprune.device.ssh import SshDevice, parse_address
 from edgeprune.device.target import Target
 from edgeprune.errors import DeviceError
 
+RUNTIMES = ("onnxruntime", "onnxruntime-web")
+
 
 def connect(target: Target, say: Say = silent) -> Device:
     """The device of a target; nothing is asked of it yet. Raises DeviceError for a kind that is not known.
 
     ``say`` is told what is waited for.
     """
+    if target.runtime.name not in RUNTIMES or target.runtime.precision != "fp32":
+        raise DeviceError(
+            f"target {target.name}: runtime {target.runtime.name!r} with precision {target.runtime.precision!r} cannot "
+            f"be measured yet; expected {' or '.join(map(repr, RUNTIMES))} with 'fp32'"
+        )
     if target.device == "local":
         return PipeDevice(target, say=say)
     if target.device == "ssh":

@@ -127,7 +127,8 @@ class PipeDevice(Device):
 
     def _start(self, deadline: float) -> None:
         text = self.source.encode()
-        command = self._command(f"import sys;exec(sys.stdin.buffer.read({len(text)}))")
+        boot = "import sys;sys.path[:]=[p for p in sys.path if p]"  # nothing is imported from the folder it starts in
+        command = self._command(f"{boot};exec(sys.stdin.buffer.read({len(text)}))")
         environment = {**os.environ, "OMP_NUM_THREADS": str(self.target.runtime.threads)}
         try:
             self._process = subprocess.Popen(

@@ -32,7 +32,10 @@ OLD_PYTHON = 43  # exit code of our own
 SSH_FAILED = 255
 STOPPED = (128 + 1, 128 + 15)  # hung up, terminated: somebody ends processes there, it is not the job
 
-FIXED = ("BatchMode=yes", "ClearAllForwardings=yes", "RemoteCommand=none", "PermitLocalCommand=no", "RequestTTY=no")
+FIXED = (
+    "BatchMode=yes", "StrictHostKeyChecking=yes", "NoHostAuthenticationForLocalhost=no", "ClearAllForwardings=yes",
+    "RemoteCommand=none", "PermitLocalCommand=no", "RequestTTY=no",
+)  # fmt: skip
 DEFAULTS = ("ConnectTimeout=10", "ServerAliveInterval=5", "ServerAliveCountMax=3")
 
 
@@ -76,7 +79,8 @@ class Address:
 
 
 _ADDRESS = re.compile(
-    r"(?:ssh://)?(?:(?P<user>[^@/]+)@)?(?:\[(?P<six>[0-9A-Fa-f:.%\w]+)\]|(?P<host>[^@/:\s]+))(?::(?P<port>\d+))?/?"
+    r"(?:ssh://)?(?:(?P<user>[\w.+-]+)@)?(?:\[(?P<six>[0-9A-Fa-f:.%\w]+)\]|(?P<host>[\w.-]+))(?::(?P<port>\d+))?/?",
+    re.ASCII,
 )
 
 
@@ -96,8 +100,10 @@ def check_options(target: Target) -> None:
         if not re.fullmatch(r"[A-Za-z]+", key.strip()) or not value.strip():
             raise DeviceError(f"target {target.name}: ssh option {option!r}; expected 'Key=value'")
         word = value.strip().strip("\"'").lower()
-        skips = key.strip().lower() == "stricthostkeychecking" and word not in ("yes", "ask", "true")
-        if skips or (key.strip().lower().endswith("knownhostsfile") and "/dev/null" in word):
+        name = key.strip().lower()
+        skips = name == "stricthostkeychecking" and word not in ("yes", "ask", "true")
+        skips |= name in ("knownhostscommand", "nohostauthenticationforlocalhost") and word not in ("none", "no")
+        if skips or (name.endswith("knownhostsfile") and "/dev/null" in word):
             raise DeviceError(
                 f"target {target.name}: ssh option {option!r} skips the check of host keys; check the key by hand once "
                 "with `ssh HOST` instead"

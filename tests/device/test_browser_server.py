@@ -301,7 +301,9 @@ def test_nonsense_is_refused(device, body, name):
     assert page.ask("alive", b"[]")[0] == 400
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "203.0.113.7", "no.such.host.invalid", "127.0.0.1:x"])
+@pytest.mark.parametrize(
+    "host", ["0.0.0.0", "::", "203.0.113.7", "no.such.host.invalid", "127.0.0.1:x", ":8000", "0", "0:8000"]
+)
 def test_only_an_address_of_this_machine_is_served_on(monkeypatch, host):
     monkeypatch.setattr(ortweb, "files", lambda provider: [])
     with pytest.raises(DeviceError) as error:

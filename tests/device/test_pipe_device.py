@@ -24,7 +24,7 @@ from edgeprune.device.device import (
     agent_source,
 )
 from edgeprune.device.pipe import PipeDevice
-from edgeprune.device.target import Target
+from edgeprune.device.target import Runtime, Target
 from edgeprune.errors import DeviceError
 
 TARGET = Target("cpu")
@@ -263,3 +263,17 @@ def test_the_package_never_imports_the_agent():
     package = Path(module.__file__).parent.parent
     for path in package.rglob("*.py"):
         assert "device.agent" not in path.read_text(encoding="utf-8"), path
+
+
+def test_nothing_is_imported_from_the_folder_it_starts_in(tmp_path, monkeypatch):
+    (tmp_path / "platform.py").write_text("raise SystemExit(7)\n")
+    (tmp_path / "numpy.py").write_text("raise SystemExit(8)\n")
+    monkeypatch.chdir(tmp_path)
+    with connect(Target("cpu")) as device:
+        assert device.fingerprint.runtime == "onnxruntime"
+
+
+@pytest.mark.parametrize("runtime", [Runtime("tensorrt"), Runtime(precision="fp16")])
+def test_what_cannot_be_measured_yet_is_refused(runtime):
+    with pytest.raises(DeviceError, match="cannot be measured yet; expected 'onnxruntime'"):
+        connect(Target("x", runtime=runtime))

@@ -136,7 +136,23 @@ def test_addresses(text, address):
     assert parse_address(text, "jetson", 7) == Address(address.host, address.user or "jetson", address.port or 7)
 
 
-@pytest.mark.parametrize("text", ["", "-oProxyCommand=x", "a b", "-l@host", "host:99999", "fe80::1", "a@b@c", "@host"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "-oProxyCommand=x",
+        "a b",
+        "-l@host",
+        "host:99999",
+        "fe80::1",
+        "a@b@c",
+        "@host",
+        "a;b",
+        "$(x)",
+        "a`b`",
+        "p$i@nano",
+    ],
+)
 def test_what_is_no_address(text):
     with pytest.raises(DeviceError, match="expected HOST, USER@HOST"):
         parse_address(text)
@@ -144,7 +160,15 @@ def test_what_is_no_address(text):
 
 @pytest.mark.parametrize(
     "option",
-    ["StrictHostKeyChecking=no", "stricthostkeychecking = accept-new", "UserKnownHostsFile=/dev/null", "-oFoo", "Foo"],
+    [
+        "StrictHostKeyChecking=no",
+        "stricthostkeychecking = accept-new",
+        "UserKnownHostsFile=/dev/null",
+        "-oFoo",
+        "Foo",
+        "KnownHostsCommand=ssh-keyscan %H",
+        "NoHostAuthenticationForLocalhost=yes",
+    ],
 )
 def test_options_that_skip_checks_or_are_none_are_refused(option):
     with pytest.raises(DeviceError, match="host keys|expected 'Key=value'"):
@@ -164,3 +188,13 @@ def test_hosts_can_be_named_for_any_target(monkeypatch, tmp_path):
         find_target("cpu", on="nano,")
     with pytest.raises(DeviceError, match="its device is 'pigeon'"):
         Target("x", device="pigeon").on("nano")
+
+
+def test_a_configuration_that_skips_the_check_of_host_keys_does_not(server, tmp_path):  # noqa: F811
+    target = server.target(host="stranger")
+    own = tmp_path / "config"
+    skip = "StrictHostKeyChecking no\nUserKnownHostsFile /dev/null\nNoHostAuthenticationForLocalhost yes\n"
+    own.write_text(skip + Path(target.ssh_config).read_text())
+    skipping = connect(dataclasses.replace(target, ssh_config=str(own)))
+    with skipping as device, pytest.raises(DeviceError, match="host key is not known here"):
+        device.fingerprint  # noqa: B018
