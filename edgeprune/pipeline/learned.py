@@ -129,14 +129,16 @@ def search_and_shrink(
             planner, removes_blocks, start_ms, rounds=1,
         )  # fmt: skip
     else:
-        rewound = without_blocks(start, learned.removed, judge_of(start.network, {}))
-        if learned.removed and removes_blocks and closer(rewound.network, learned.network, original, data):
-            start, start_ms = rewound, clock(rewound.network)
+        trained = replace(start, network=learned.network)
+        if removes_blocks:
+            start = without_blocks(start, learned.removed, judge_of(start.network, {}))
+        if removes_blocks and learned.removed and closer(start.network, trained.network, original, data):
+            start_ms = clock(start.network)
             learned.history.notes.append(
                 "the weights are those from before the search: they are closer to the original"
             )
         else:
-            start = replace(start, network=learned.network)
+            start = trained
         usual = judge_of(start.network, learned.scores)
         shrunk = shrink(
             start.network, original_ms, budget_ms, prices, usual.judge, usual.repair, clock, progress, planner,
